@@ -1,0 +1,453 @@
+"""SecViT in one file: a vision backbone with attention inside equal clusters of similar tokens.
+
+Fan, Huang, Chen, He: "Semantic Equitable Clustering: A Simple, Fast and Effective Strategy for
+Vision Transformer", arXiv 2405.13337.
+
+The mean of the keys is the one cluster centre. Tokens are sorted by their cosine similarity to it,
+once, in each head. The sorted sequence is cut into equal pieces, and attention runs inside each.
+
+Letters: b batch, n heads, l tokens (h * w), d channels of a head, c clusters, m tokens a cluster.
+
+    model = secvit_tiny(num_classes=10)
+    logits = model(images)                  # (b 3 height width) -> (b 10), any sides from 32 up
+    maps = model.forward_features(images)   # {"0": stride 4, ..., "3": stride 32}, as an FPN wants
+
+Departures from the paper's text: the default is the model that the authors released, since that one
+has the reported sizes. It adds rotary position embedding, a convolution in the FFN, a wider head,
+LayerScale in Base and Large, and has no GELU after the last stem convolution; `PAPER_TEXT` undoes
+these. Appendix E's `forward` returns a name it never sets and leaves LCE out; Eq. 6 is followed
+here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is right.
+"""
+
+import argparse
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import StochasticDepth
+
+# ----------------------------------------------------------------------- configurations (Table 8)
+
+
+@dataclass(frozen=True)
+class SecViTConfig:
+    """All that makes a SecViT; lists have an entry a stage. ValueError for what cannot be built."""
+
+    depths: tuple = (2, 2, 9, 2)  # blocks
+    dims: tuple = (64, 128, 256, 512)  # channels
+    heads: tuple = (2, 4, 8, 16)
+    clusters: tuple = (32, 8, 2, 1)  # Table 7; 1 is full attention
+    ffn_ratio: float = 3  # hidden channels of the FFN for each channel
+    drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0
+    num_classes: int = 1000  # 0: no head, the model returns its feature maps
+    in_channels: int = 3
+    conv_stem: bool = True  # Table 6; off: 4x4 patch embedding and 2x2 patch merging
+    cpe: bool = True  # Table 6
+    lce: bool = True  # Table 6
+    # What the release has and the text has not:
+    rope: bool = True  # rotary position embedding of queries and keys
+    ffn_conv: bool = True  # 3x3 depth-wise convolution in the FFN
+    head_width: int = 1024  # channels of a 1x1 convolution before the classifier; 0: none
+    layer_scale: tuple = (0, 0, 0, 0)  # first value of LayerScale; 0: none
+    stem_gelu: bool = False  # what the text has and the release has not: a GELU after the stem
+
+    def __post_init__(self):
+        lists = {name: tuple(getattr(self, name))
+                 for name in ("depths", "dims", "heads", "clusters", "layer_scale")}
+        vars(self).update(lists)  # JSON's lists become tuples
+        if len({len(entries) for entries in lists.values()}) > 1 or not self.depths:
+            raise ValueError(f"one entry a stage is needed in each of {lists}")
+        if min(*self.depths, *self.dims, *self.heads, *self.clusters, self.in_channels) < 1:
+            raise ValueError(f"{lists}, in_channels={self.in_channels}: must be 1 or more")
+        for dim, heads in zip(self.dims, self.heads):
+            if dim % heads or self.rope and dim // heads % 4 or self.conv_stem and self.dims[0] % 2:
+                raise ValueError(f"dims {self.dims}, heads {self.heads}: {dim} must divide by "
+                                 f"{heads} (4 times that with rope), dims[0] by 2 with conv_stem")
+        if not (0 <= self.drop_path < 1 and self.ffn_ratio * min(self.dims) >= 1
+                and min(self.num_classes, self.head_width, *self.layer_scale) >= 0):
+            raise ValueError(f"a number below 0, drop_path not below 1, or tiny ffn_ratio: {self}")
+
+
+LATE = (0, 0, 1e-6, 1e-6)
+VARIANTS = {  # stochastic depth is section 4.1's
+    "tiny": SecViTConfig((2, 2, 9, 2), (64, 128, 256, 512), (2, 4, 8, 16), drop_path=0.1),
+    "small": SecViTConfig((3, 4, 18, 4), (64, 128, 256, 512), (2, 4, 8, 16), drop_path=0.15),
+    "base": SecViTConfig(
+        (4, 8, 26, 8), (80, 160, 320, 512), (5, 5, 10, 16), drop_path=0.4, layer_scale=LATE),
+    "large": SecViTConfig(
+        (4, 8, 26, 8), (112, 224, 448, 640), (7, 7, 14, 20), drop_path=0.5, layer_scale=LATE),
+}
+REPORTED = {  # Table 1: parameters in M, FLOPs in G, ImageNet top-1 in %
+    "tiny": (15, 2.5, 82.6), "small": (27, 4.4, 84.2), "base": (55, 9.7, 85.0),
+    "large": (96, 18.1, 85.6)}
+PAPER_TEXT = dict(rope=False, ffn_conv=False, head_width=0, stem_gelu=True)
+
+# ------------------------------------------------------- semantic equitable clustering (Eq. 2 to 4)
+
+
+def similarity(k):
+    """Cosine similarity of each token to its head's centre. Keys (b n l d) -> (b n l), float32."""
+    k = k.to(torch.promote_types(k.dtype, torch.float32))  # float64 stays
+    center = k.mean(dim=-2, keepdim=True)  # Eq. 2
+    # Multiplied and summed, since autocast would round a matrix product to half precision.
+    return (k * F.normalize(center, dim=-1)).sum(-1) / k.norm(dim=-1).clamp_min(1e-12)  # Eq. 3
+
+
+def cluster_order(k):
+    """Token numbers, the most similar to the centre first. Keys (b n l d) -> (b n l)."""
+    return similarity(k.detach()).argsort(dim=-1, descending=True)  # Eq. 3
+
+
+def group(x, order, clusters):
+    """Sorts the tokens of each head and cuts the sequence into c = min(clusters, l) clusters.
+
+    x (b n l d), order (b n l) -> [(b (n c) m d)], one tensor where c divides l. Else two, clusters
+    of m + 1 tokens before those of m, as torch.tensor_split does: nothing to pad, nothing to mask.
+    """
+    b, n, l, _ = x.shape
+    x = Permute.apply(rearrange(x, "b n l d -> (b l n) d"), row_numbers(order))
+    x = rearrange(x, "(b n l) d -> b n l d", b=b, n=n)  # Eq. 3: Q*, K*, V*
+    m, longer = divmod(l, min(clusters, l))
+    parts = zip(x.split([longer * (m + 1), l - longer * (m + 1)], dim=2), (m + 1, m))
+    return [rearrange(part, "b n (c m) d -> b (n c) m d", m=size)  # Eq. 4
+            for part, size in parts if part.shape[2]]
+
+
+def ungroup(parts, order):
+    """Puts grouped tokens back into their places. [(b (n c) m d)], order (b n l) -> (b n l d)."""
+    b, n, _ = order.shape
+    parts = [rearrange(part, "b (n c) m d -> b n (c m) d", n=n) for part in parts]
+    x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    x = Permute.apply(rearrange(x, "b n l d -> (b n l) d"), invert(row_numbers(order)))
+    return rearrange(x, "(b l n) d -> b n l d", b=b, n=n)
+
+
+def cluster_labels(k, clusters):
+    """The cluster of each token, 0 the most similar to the centre. Keys (b n l d) -> (b n l)."""
+    order = cluster_order(k)
+    l = order.shape[-1]
+    m, longer = divmod(l, min(clusters, l))
+    place = torch.arange(l, device=k.device)
+    label = torch.maximum(place // (m + 1), (place - longer) // m)
+    return torch.empty_like(order).scatter_(-1, order, label.expand_as(order))
+
+
+def row_numbers(order):
+    """The rows (b l n) in sorted order: a head's channels lie together and move as one piece."""
+    b, n, l = order.shape
+    batch = torch.arange(b, device=order.device)[:, None, None]
+    head = torch.arange(n, device=order.device)[:, None]
+    return rearrange((batch * l + order) * n + head, "b n l -> (b n l)")
+
+
+def invert(index):
+    """The inverse permutation: a scatter, where a second sort would cost more. (l) -> (l)."""
+    return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+
+
+class Permute(torch.autograd.Function):
+    """Rows in a new order. The gradient goes the way back: no sums, so faster than a gather's."""
+
+    @staticmethod
+    def forward(ctx, rows, index):
+        ctx.save_for_backward(index)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Permute.apply(grad, invert(*ctx.saved_tensors)), None
+
+
+# ------------------------------------------------------------------------- attention (Eq. 5 and 6)
+
+
+def rotation(h, w, d, like):
+    """Cosine and sine of the rotary angles, (h w 1 d/2 2), in float32 at least.
+
+    The first half of the channel pairs turns with the row, the second with the column, at
+    frequencies from 1 down to 1 / 10000. Not in the paper: it is what the release does.
+    """
+    at = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    frequency = 10000 ** -torch.linspace(0, 1, d // 4, **at)
+    row, column = (torch.arange(size, **at)[:, None] * frequency for size in (h, w))
+    angle = torch.cat((row[:, None].expand(h, w, -1), column.expand(h, w, -1)), dim=-1)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)[:, :, None]
+
+
+def rotate(x, turn):
+    """Turns adjacent channels as points in a plane. x (b h w n d), turn from `rotation` -> as x."""
+    x = rearrange(x.to(turn.dtype), "b h w n (p two) -> b h w n p two", two=2)
+    if torch.compiler.is_compiling():  # it fuses real numbers; eager is faster with complex ones
+        (x1, x2), (cos, sin) = x.unbind(-1), turn.unbind(-1)
+        x = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    else:
+        x = torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turn))
+    return rearrange(x, "b h w n p two -> b h w n (p two)")
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depth-wise convolution on tokens, (b h w c) -> (b h w c)."""
+
+    def __init__(self, dim, kernel):
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, x):  # tokens are a picture in channels_last memory: nothing is copied
+        return rearrange(super().forward(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+
+
+class SECA(nn.Module):
+    """Semantic equitable clustering attention, with local context enhancement (LCE)."""
+
+    def __init__(self, dim, *, heads, clusters, lce=True):
+        super().__init__()
+        self.heads, self.clusters = heads, clusters
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.lce = DepthwiseConv(dim, 5) if lce else None
+        self.out_proj = nn.Linear(dim, dim)
+
+    def qkv(self, x, turn=None):
+        """Tokens (b h w c) and the turn from `rotation` -> queries, keys, values (b n l d)."""
+        q, k, v = (rearrange(linear(x), "b h w (n d) -> b h w n d", n=self.heads)
+                   for linear in (self.q, self.k, self.v))  # Eq. 2
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        return [rearrange(t, "b h w n d -> b n (h w) d") for t in (q, k, v)]
+
+    def forward(self, x, turn=None):
+        """(b h w c) -> (b h w c)."""
+        q, k, v = self.qkv(x, turn)
+        if self.clusters > 1:
+            order = cluster_order(k)  # Eq. 2, 3
+            parts = zip(*(group(t.type_as(v), order, self.clusters) for t in (q, k, v)))  # Eq. 3, 4
+            y = ungroup([F.scaled_dot_product_attention(*part) for part in parts], order)  # Eq. 5
+        else:
+            y = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
+        y, v = (rearrange(t, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for t in (y, v))
+        return self.out_proj(y if self.lce is None else y + self.lce(v))  # Eq. 6
+
+
+# ------------------------------------------------------------------------------- block (Eq. 1)
+
+
+class FFN(nn.Module):
+    """Linear, GELU, linear; the release adds a depth-wise convolution with its own residual."""
+
+    def __init__(self, dim, hidden, *, conv):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.dwconv = DepthwiseConv(hidden, 3) if conv else None
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x if self.dwconv is None else x + self.dwconv(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel, so small at first that a block starts as the identity."""
+
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Conditional positional encoding (CPE), SECA, FFN. (b h w c) -> (b h w c)."""
+
+    def __init__(self, dim, *, heads, clusters, ffn_ratio, drop_path, layer_scale, cpe, lce,
+                 ffn_conv):
+        super().__init__()
+        self.cpe = DepthwiseConv(dim, 3) if cpe else None
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SECA(dim, heads=heads, clusters=clusters, lce=lce)
+        self.ffn = FFN(dim, int(dim * ffn_ratio), conv=ffn_conv)
+        self.scale1, self.scale2 = (
+            LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x, turn=None):
+        x = x if self.cpe is None else x + self.cpe(x)  # Eq. 1, line 1
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), turn)))  # line 2
+        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))  # line 3
+
+
+# -------------------------------------------------------------------------- backbone (Fig. 3a)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution of patches side by side, the last of them filled up with zeros."""
+
+    def forward(self, x):
+        size = self.stride[0]
+        return super().forward(F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size)))
+
+
+def embedding(inputs, dim, stride, *, conv_stem, gelu):
+    """(b inputs h w) -> (b dim h/stride w/stride), rounded up. Appendix A, or patches (Table 6)."""
+    if not conv_stem:
+        return nn.Sequential(PatchConv(inputs, dim, stride, stride), nn.BatchNorm2d(dim))
+    stem, layers = ((dim // 2, 2), (dim // 2, 1), (dim // 2, 1), (dim, 2)), []
+    for outputs, step in stem if stride == 4 else ((dim, 2),):
+        layers += [nn.Conv2d(inputs, outputs, 3, step, 1), nn.BatchNorm2d(outputs), nn.GELU()]
+        inputs = outputs
+    return nn.Sequential(*layers if gelu else layers[:-1])
+
+
+class Stage(nn.Module):
+    """An embedding that lowers the resolution, then blocks. (b c h w) -> (b c' h' w')."""
+
+    def __init__(self, embed, blocks, rotary_dim):
+        super().__init__()
+        self.embed, self.blocks, self.rotary_dim = embed, nn.ModuleList(blocks), rotary_dim
+
+    def forward(self, x):
+        x = rearrange(self.embed(x), "b c h w -> b h w c")
+        turn = rotation(*x.shape[1:3], self.rotary_dim, x) if self.rotary_dim else None
+        for block in self.blocks:
+            x = block(x, turn)
+        return rearrange(x, "b h w c -> b c h w")
+
+
+class SecViT(nn.Module):
+    """Stages, then a classifier unless `config.num_classes` is 0."""
+
+    def __init__(self, config=VARIANTS["tiny"]):
+        super().__init__()
+        self.config, cfg = config, config
+        total = sum(cfg.depths)
+        rates = iter([cfg.drop_path * i / max(total - 1, 1) for i in range(total)])
+        self.stages, inputs = nn.ModuleList(), cfg.in_channels
+        for i, dim in enumerate(cfg.dims):
+            embed = embedding(inputs, dim, 2 if i else 4, conv_stem=cfg.conv_stem,
+                              gelu=cfg.stem_gelu and not i)
+            blocks = [
+                Block(dim, heads=cfg.heads[i], clusters=cfg.clusters[i], ffn_ratio=cfg.ffn_ratio,
+                      drop_path=next(rates), layer_scale=cfg.layer_scale[i], cpe=cfg.cpe,
+                      lce=cfg.lce, ffn_conv=cfg.ffn_conv) for _ in range(cfg.depths[i])]
+            self.stages.append(Stage(embed, blocks, cfg.rope and dim // cfg.heads[i]))
+            inputs = dim
+        wide = cfg.head_width
+        self.head = nn.Sequential(
+            nn.Conv2d(dim, wide, 1) if wide else nn.Identity(), nn.BatchNorm2d(wide or dim),
+            nn.SiLU() if wide else nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(wide or dim, cfg.num_classes)) if cfg.num_classes else None
+        self.apply(self.init_weights)
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward_features(self, x):
+        """Pictures (b in_channels height width) -> {"0": (b c h w), ...}, a map for each stage.
+
+        Strides are 4, 8, 16, 32; sizes round up. ValueError for sides below 32, other channels.
+        """
+        channels = self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < 32:
+            raise ValueError(f"resize or convert pictures {tuple(x.shape)} to (batch, {channels}, "
+                             "height, width) with sides of 32 or more")
+        x, maps = x.contiguous(memory_format=torch.channels_last), OrderedDict()
+        for i, stage in enumerate(self.stages):
+            maps[str(i)] = x = stage(x)
+        return maps
+
+    def forward(self, x):
+        """Logits (b num_classes), or what `forward_features` returns if there is no head."""
+        maps = self.forward_features(x)
+        return self.head(next(reversed(maps.values()))) if self.head else maps
+
+
+def create_secvit(name, **changes):
+    """The variant of that name, with fields of SecViTConfig changed. ValueError for other names."""
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
+    return SecViT(replace(VARIANTS[name], **changes))
+
+
+secvit_tiny, secvit_small, secvit_base, secvit_large = (
+    partial(create_secvit, name) for name in VARIANTS)
+
+# ----------------------------------------------------------------------------- weights and counts
+
+RELEASED_NAMES = (  # what our parts are called in the released checkpoints; applied from the top
+    (r"^patch_embed\.proj\.", "stages.0.embed."),
+    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.embed."),
+    (r"embed\.reduction\.", "embed.0."), (r"embed\.norm\.", "embed.1."),
+    (r"^layers\.", "stages."), (r"\.(norm\d)\.norm\.", r".\1."), (r"\.pos\.", ".cpe."),
+    (r"\.lepe\.", ".lce."), (r"\.gamma_(\d)$", r".scale\1.gamma"),
+    (r"^proj\.", "head.0."), (r"^norm\.", "head.1."), (r"^head\.(weight|bias)", r"head.5.\1"))
+
+
+def read_checkpoint(path):
+    """What is in a checkpoint file. Only tensors and plain values load: it cannot run code."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors store their options
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(model, checkpoint, *, new_head=False):
+    """Fills the model from ours or from the released weights; a backbone leaves the head's out.
+
+    checkpoint: a file or a state dict, also under the key "model" or else "model_ema". ValueError
+    names missing, unexpected and misshapen keys, and leaves the model as it was; new_head=True
+    keeps the model's own classifier where class counts differ. Returns whether that was so.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    own, given = model.state_dict(), {}
+    for key, value in checkpoint.get("model", checkpoint.get("model_ema", checkpoint)).items():
+        for pattern, name in RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        if key.endswith("RoPE.angle") or key.startswith("head.") and not model.head:
+            continue  # computed here; not wanted
+        parts = zip("qkv", value.chunk(3)) if ".qkv." in key else [("qkv", value)]
+        for part, weight in parts:
+            mine = key.replace("qkv", part)
+            if mine in own and weight.squeeze().shape == own[mine].squeeze().shape:
+                weight = weight.reshape(own[mine].shape)  # 1x1 convolutions are linear layers here
+            given[mine] = weight
+    differ = {key for key in own.keys() & given.keys() if own[key].shape != given[key].shape}
+    replaced = {key for key in differ if new_head and key.startswith("head.5.")}
+    wrong = {"missing": own.keys() - given.keys(), "unexpected": given.keys() - own.keys(),
+             "misshapen": {f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
+                           for key in differ - replaced}}
+    if any(wrong.values()):
+        raise ValueError("these are the weights of another model: " + "; ".join(
+            f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys))
+    model.load_state_dict(given | {key: own[key] for key in replaced})
+    return bool(replaced)
+
+
+@torch.no_grad()
+def count(model, size=224):
+    """Parameters, multiply-adds of a size x size picture, and those of QK^T and AV among them.
+
+    torch's counter takes convolutions and matrix products; Eq. 3 (0.04 % in Tiny) is not one here.
+    """
+    counter, training = FlopCounterMode(display=False), model.training
+    picture = torch.zeros(1, model.config.in_channels, size, size).to(next(model.parameters()))
+    with counter, sdpa_kernel(SDPBackend.MATH):  # attention as the two products it stands for
+        model.eval()(picture)
+    model.train(training)
+    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, counter.get_total_flops() // 2, attention // 2
+
+
+if __name__ == "__main__":
+    print("Counted at 224x224 | reported in the paper, whose FLOPs are nearest to the last count")
+    print("             parameters  multiply-adds  without QK^T, AV | params   FLOPs   top-1")
+    for variant, (params, flops, top1) in REPORTED.items():
+        with torch.device("meta"):  # shapes without numbers
+            total, macs, attention = count(create_secvit(variant))
+        print(f"SecViT-{variant:5}{total:11,}{macs / 1e9:13.3f} G{(macs - attention) / 1e9:16.3f} G"
+              f" |{params:5} M{flops:6} G{top1:6} %")
