@@ -422,7 +422,8 @@ def load_weights(model, checkpoint, *, new_head=False):
                            for key in differ - replaced}}
     if any(wrong.values()):
         raise ValueError("these are the weights of another model: " + "; ".join(
-            f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys))
+            f"{len(keys)} {what}: {', '.join(sorted(keys)[:9])}{', ...' * (len(keys) > 9)}"
+            for what, keys in wrong.items() if keys))
     model.load_state_dict(given | {key: own[key] for key in replaced})
     return bool(replaced)
 
