@@ -1,13 +1,20 @@
 """Properties of secvit.py and train.py. `pytest` runs all of them on two CPU cores in minutes."""
 
+import contextlib
 import json
 import math
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -531,15 +538,6 @@ def whole(folder, tmp_path_factory):
     return out
 
 
-def launch(*arguments, processes=0, cwd=None, **options):
-    """train.py in processes of its own: by torchrun if a number of them is given."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command = [sys.executable, *(torchrun[:3] + ["--standalone"] if processes else []),
-               str(HERE / "train.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=cwd, **options)
-
-
 def test_a_run_leaves_its_record(folder, whole):
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -560,14 +558,23 @@ def test_evaluation_repeats_the_accuracy_of_the_run(whole, capsys):
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, whole, tmp_path, monkeypatch, steps):
-    answers = iter([False] * steps + [True])
-    monkeypatch.setattr(train, "stop_asked", lambda: next(answers))
+    step, done = train.Run.step, []
+
+    def interrupted(*arguments):
+        done.append(1)
+        monkeypatch.setattr(train, "SIGNALS", [0.0] * (len(done) == steps))
+        return step(*arguments)
+    monkeypatch.setattr(train.Run, "step", interrupted)
     assert train.main(arguments(folder, tmp_path / "run")) == 0
     assert last(tmp_path / "run")["place"]["step"] == (steps - 1) % 3 + 1
     monkeypatch.undo()
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
     assert same(weights(tmp_path / "run"), weights(whole))
-    assert not same(weights(whole), {**weights(whole), "model": weights(whole)["ema"]})
+
+
+def test_same_tells_weights_apart(whole):
+    assert same(weights(whole), weights(whole))
+    assert not same(weights(whole), weights(whole) | dict(model=weights(whole)["ema"]))
 
 
 TWO = """
@@ -583,6 +590,13 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+def torchrun(*command, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, command)], text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
 def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monkeypatch):
     """Equal weights on both ranks, and those of one process that takes two turns a step.
 
@@ -592,11 +606,10 @@ def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monk
     more = ["--mixup", "0", "--cutmix", "0", "--erasing", "0", "--micro", "2", "--lr",
             "0.01", "--epochs", "1", "--warmup", "0"]
     (tmp_path / "both.py").write_text(TWO)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         tmp_path / "both.py", *arguments(folder, tmp_path / "two", *more, model=EXACT)],
-        env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "both.py",
+                   *arguments(folder, tmp_path / "two", *more, model=EXACT))
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
     ranks = [torch.load(tmp_path / "two" / f"rank{i}.pt") for i in (0, 1)]
     assert same(*ranks)
     monkeypatch.setattr(train, "make_optimizer", lambda model, _: torch.optim.SGD(
@@ -681,9 +694,10 @@ def test_bad_folders_are_one_line(folder, tmp_path, capsys, what, words):
 
 
 def test_bad_input_ends_a_real_process_with_2_and_no_traceback(tmp_path):
-    process = launch("--model", "huge", cwd=tmp_path)
-    out, err = process.communicate()
-    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "'huge'" in err
+    run = subprocess.run([sys.executable, HERE / "train.py", "--model", "huge"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "'huge'" in run.stderr
 
 
 def test_a_folder_that_has_a_run_is_refused_and_left_alone(folder, whole, capsys):
@@ -693,3 +707,440 @@ def test_a_folder_that_has_a_run_is_refused_and_left_alone(folder, whole, capsys
     assert train.main(["--resume", "--out", str(whole), "--batch", "8"]) == 2
     assert "--batch 4, not 8" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in whole.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------- the recipe
+
+
+def recipe(*changes):
+    return train.parse(["--data", "IMAGENET", *changes])
+
+
+def test_the_recipe_is_the_default_of_a_folder():
+    options = recipe()
+    expected = dict(size=224, epochs=300, batch=1024, lr=1e-3, warmup=5, weight_decay=0.05,
+                    smoothing=0.1, rand_augment=9, mixup=0.8, cutmix=1.0, erasing=0.25, repeats=3)
+    assert {name: options[name] for name in expected} == expected
+    assert math.isclose(options["ema"], 0.99996 ** (1024 / 512))
+    half = recipe("--batch", "512")
+    assert math.isclose(half["lr"], 5e-4) and math.isclose(half["ema"], 0.99996)
+    assert recipe("--batch", "512", "--lr", "0.002")["lr"] == 0.002
+    rates = [VARIANTS[name].drop_path for name in VARIANTS]
+    assert rates == [0.1, 0.15, 0.4, 0.5]
+
+
+def test_learning_rate_of_the_recipe():
+    def cosine(epoch):
+        return 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * epoch / 300))
+    expected = {0: 1e-6, 1: 1e-6 + 999e-6 / 5, 5: cosine(5), 150: 5.05e-4, 299: cosine(299)}
+    for epoch, rate in expected.items():
+        assert math.isclose(train.learning_rate(epoch, recipe()), rate, rel_tol=1e-9)
+    assert cosine(5) > 0.999e-3 and cosine(299) < 1.01e-5
+
+
+def test_norms_biases_and_layer_scale_do_not_decay():
+    model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, rest = train.make_optimizer(model, recipe()).param_groups
+    assert decay["weight_decay"] == 0.05 and rest["weight_decay"] == 0
+    assert len(decay["params"]) + len(rest["params"]) == len(names)
+    for p in decay["params"]:
+        assert names[id(p)].endswith("weight") and p.ndim > 1
+    for p in rest["params"]:
+        assert p.ndim == 1 and names[id(p)].endswith(("bias", "gamma", "weight"))
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_targets_mix_as_the_pictures_do(name):
+    others = {"mixup", "cutmix", "erasing"} - {name}
+    transform = train.BatchTransform(recipe() | dict.fromkeys(others, 0), 8)
+    constant = torch.arange(8, dtype=torch.uint8)[:, None, None, None] * 30
+    pictures, labels = constant.expand(8, 3, 64, 64), torch.arange(8)
+    mixed, targets = transform(pictures, labels)
+    plain = train.BatchTransform.normalise(pictures)[:, :1].mean((1, 2, 3))
+    torch.testing.assert_close(mixed[:, :1].mean((1, 2, 3)), targets @ plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert len({*targets.amax(1).tolist()}) == 1  # one lambda a batch
+    logits = torch.randn(8, 8)
+    smooth = targets * 0.9 + 0.1 / 8
+    torch.testing.assert_close(F.cross_entropy(logits, targets, label_smoothing=0.1),
+                               -(smooth * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_mixup_and_cutmix_have_half_of_the_batches_each():
+    transform = train.BatchTransform(recipe("--erasing", "0"), 2)
+    pictures = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32)
+    blends = 0
+    for _ in range(400):
+        mixed, _ = transform(pictures, torch.arange(2))
+        blends += len(mixed[0, 0].unique()) == 1  # CutMix of two constants has two values
+    assert abs(blends - 200) < 4.5 * math.sqrt(400 / 4)
+
+
+def test_average_of_weights_is_the_closed_form_with_the_statistics_of_bn():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    model[0].weight.data.fill_(1.0)
+    ema = train.make_ema(model, 0.9)
+    for step in range(1, 6):
+        model[0].weight.data.fill_(1.0 + step)
+        model[1].running_mean.fill_(2.0 * step)
+        ema.update_parameters(model)
+    def average(values):  # 0.9^5 of the first and 0.1 * 0.9^k of the k-th from the last
+        return 0.9**5 * values[0] + sum(0.1 * 0.9 ** (5 - i) * values[i] for i in range(1, 6))
+    assert math.isclose(ema.module[0].weight.item(), average([1, 2, 3, 4, 5, 6]), rel_tol=1e-6)
+    assert math.isclose(ema.module[1].running_mean.item(), average([0, 2, 4, 6, 8, 10]),
+                        rel_tol=1e-6)
+    assert not ema.training
+
+
+def test_erasing_has_its_probability_and_its_area():
+    transform = train.BatchTransform(recipe("--mixup", "0", "--cutmix", "0"), 2)
+    pictures = torch.zeros(600, 3, 48, 48, dtype=torch.uint8)
+    plain = train.BatchTransform.normalise(pictures[:1])
+    erased, labels = transform(pictures, torch.zeros(600, dtype=torch.long))
+    changed = (erased != plain).any(1)
+    areas = changed.float().mean((1, 2))
+    assert abs((areas > 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 600)
+    areas = areas[areas > 0]
+    assert areas.min() > 0.015 and areas.max() < 0.36 and areas.max() > 0.25
+    assert abs(erased[changed[:, None].expand_as(erased)].std() - 1) < 0.05  # noise, each pixel
+
+
+def test_crops_have_the_law_of_the_recipe():
+    crop = train.train_transform(recipe()).transforms[0]
+    picture = torch.zeros(3, 1000, 1000)
+    boxes = [crop.make_params([picture]) for _ in range(500)]
+    areas = torch.tensor([box["height"] * box["width"] / 1e6 for box in boxes])
+    ratios = torch.tensor([box["width"] / box["height"] for box in boxes])
+    assert 0.079 < areas.min() < 0.12 and areas.max() > 0.85
+    assert abs(areas.mean() - 0.52) < 0.06  # of a uniform law from 0.08 to 1, less what sticks out
+    assert 0.74 < ratios.min() < 0.78 and 1.28 < ratios.max() < 1.35
+
+
+def test_operations_of_randaugment_have_the_recipes_arguments():
+    picture = Image.fromarray(np.random.RandomState(0).randint(20, 200, (40, 40, 3), np.uint8))
+    at_full = {"Rotate": 30, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45,
+               "Color": 1.9, "Contrast": 1.9, "Brightness": 1.9, "Sharpness": 1.9, "Posterize": 1,
+               "Solarize": 0, "SolarizeAdd": 110, "AutoContrast": None, "Equalize": None,
+               "Invert": None}
+    assert {name: row[0](1.0) for name, row in train.OPERATIONS.items()} == at_full
+    for name, (argument, apply) in train.OPERATIONS.items():
+        if name in ("Posterize", "Solarize", "SolarizeAdd"):  # no sign
+            assert argument(-0.9) == argument(0.9)
+        elif argument(1.0):
+            neutral = 1 if at_full[name] == 1.9 else 0
+            assert math.isclose(argument(-0.5) - neutral, neutral - argument(0.5))
+        for u in (-1.0, -0.3, 0.3, 1.0):
+            result = apply(picture, argument(u))
+            assert result.size == picture.size and result.mode == "RGB"
+            assert result.tobytes() != picture.tobytes()
+    assert [train.OPERATIONS["Posterize"][0](u) for u in (0.1, 0.3, 0.5, 0.9)] == [4, 3, 2, 1]
+    assert train.OPERATIONS["Solarize"][0](0.5) == 128
+    assert train.OPERATIONS["SolarizeAdd"][0](0.9) == 99
+    add = train.OPERATIONS["SolarizeAdd"][1]
+    assert add(Image.new("RGB", (1, 1), (0, 127, 128)), 99).getpixel((0, 0)) == (99, 226, 128)
+
+
+def test_randaugment_draws_as_the_recipe_does(monkeypatch):
+    drawn = []  # (operation, strength)
+    monkeypatch.setattr(train, "OPERATIONS", {
+        name: (lambda u: u, lambda img, u, name=name: drawn.append((name, u)) or img)
+        for name in train.OPERATIONS})
+    augment, untouched, pictures = train.RandAugment(9.0), 0, 4000
+    for _ in range(pictures):
+        before = len(drawn)
+        augment(None)
+        untouched += len(drawn) == before
+    def near(count, p, n):
+        return abs(count - n * p) < 4.5 * math.sqrt(n * p * (1 - p))
+    assert near(untouched, 0.25, pictures) and near(len(drawn), 0.5, 2 * pictures)
+    names, strengths = zip(*drawn)
+    assert all(near(names.count(name), 1 / 15, len(names)) for name in train.OPERATIONS)
+    strengths = torch.tensor(strengths)
+    assert near((strengths < 0).sum().item(), 0.5, len(names))
+    size = strengths.abs()
+    assert size.max() == 1 and near((size == 1).sum().item(), 0.02275, len(names))  # 2 sigma
+    assert abs(size.median() - 0.9) < 0.005 and abs((size - 0.9)[size < 0.9].abs().median()
+                                                    - 0.6745 * 0.05) < 0.004
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_distributed_evaluation_counts_every_picture_once(world, monkeypatch):
+    class Answers(torch.nn.Module):  # right about one picture in seven
+        def forward(self, pictures):
+            return F.one_hot((pictures[:, 0, 0, 0] > 0).long(), 2)
+
+    colors = [255 * (i % 7 == 0) for i in range(1001)]
+    val = [(Image.new("RGB", (32, 32), (color,) * 3), 1) for color in colors]
+    shares = []
+    monkeypatch.setattr(train, "world", lambda: world)
+    monkeypatch.setattr(train, "total", lambda *numbers, device: shares.append(numbers) or (1, 1))
+    options = train.parse(["--size", "32", "--workers", "0", "--batch", "96"])
+    for rank in range(world):
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        loader = train.loaders(options, val, val)[1]
+        run = SimpleNamespace(device="cpu", options=options, autocast=contextlib.nullcontext)
+        train.evaluate(Answers(), loader, run)
+    right, count = map(sum, zip(*shares))
+    assert len(shares) == world and (right, count) == (143, 1001)
+
+
+def test_repeated_augmentation_deals_copies_to_different_places():
+    options = recipe("--batch", "6")
+    hands = [[key for batch in train.Batches(20, options, 1, rank, 3) for key in batch]
+             for rank in range(3)]
+    keys = sum(hands, [])
+    assert len(keys) == len({key[3] for key in keys}) == 18  # an epoch: 20 // 6 steps of 6
+    copies = [key[0] for key in keys]
+    assert len({*copies}) == 6 and all(copies.count(index) == 3 for index in copies)
+    for hand in hands:  # the three copies of a picture are on three processes
+        assert len({key[0] for key in hand}) == len(hand)
+
+
+@pytest.mark.parametrize("pictures", [3, 200])
+def test_a_data_set_smaller_than_a_batch_still_has_a_step(pictures):
+    keys = [key for batch in train.Batches(pictures, recipe(), 1) for key in batch]
+    assert len(keys) == 1024 and {key[0] for key in keys} == {*range(pictures)}
+
+
+# ------------------------------------------------------------------------------ what a run survives
+
+FORK = multiprocessing.get_context("forkserver")  # real processes that need not import torch anew
+FORK.set_forkserver_preload(["train"])
+
+
+def child(arguments, hook=None, *values):
+    """A process that trains; the hook changes train.py in it first."""
+    process = FORK.Process(target=_child, args=(arguments, hook, *values))
+    process.start()
+    return process
+
+
+def _child(arguments, hook, *values):
+    torch.set_num_threads(2)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        file = open(values[0], "a") if values else open(os.devnull, "w")
+        os.dup2(file.fileno(), number)
+    sys.argv[0] = "train.py"
+    if hook:
+        hook(*values[1:])
+    code = train.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def slow_steps(seconds):
+    step = train.Run.step
+    train.Run.step = lambda *arguments: (time.sleep(seconds), step(*arguments))[1]
+
+
+def die_writing(number):
+    """SIGKILL in the middle of the file that is written as number so and so."""
+    fsync, calls = os.fsync, []
+
+    def killed(descriptor):
+        calls.append(1)
+        if len(calls) == number:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+    train.os.fsync = killed
+
+
+def test_ten_kills_cost_nothing(folder, whole, tmp_path):
+    out, random = tmp_path / "run", np.random.RandomState(0)
+    command, resume = arguments(folder, out), ["--resume", "--out", str(out)]
+    for kill in range(10):
+        first = not (out / "config.json").exists()
+        if kill % 2:
+            process = child(command if first else resume, die_writing, os.devnull,
+                            int(random.randint(1, 4)))
+        else:
+            process = child(command if first else resume, slow_steps, os.devnull, 0.05)
+            process.join(random.uniform(0.05, 0.6))
+            process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        if (out / "last.pt").exists():
+            assert 1 <= last(out)["place"]["epoch"] <= 3
+        if (out / "last.pt").exists() and last(out)["place"]["epoch"] == 3:
+            (out / "last.pt").unlink()  # as if it had died before: from the start again
+    assert train.main(resume) == 0
+    assert same(weights(out), weights(whole))
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    assert same(*(torch.load(run / "best.pt")["model"] for run in (out, whole)))
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_in_mid_epoch_and_says_how_to_go_on(folder, whole, tmp_path, number):
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = child(arguments(folder, out, "--workers", "1"), slow_steps, log, 0.3)
+    wait_for(lambda: log.exists() and "epoch 1/3" in log.read_text())
+    time.sleep(0.4)  # in epoch 2
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0
+    said = log.read_text()
+    assert f"python train.py --resume --out {out}" in said and "Traceback" not in said
+    assert last(out)["place"]["epoch"] == 1 and last(out)["place"]["step"] in (1, 2, 3)
+    assert train.main(["--resume", "--out", str(out), "--workers", "0"]) == 0
+    assert same(weights(out), weights(whole))
+
+
+def test_a_second_signal_ends_at_once(folder, tmp_path):
+    log = tmp_path / "log"
+    process = child(arguments(folder, tmp_path / "run"), slow_steps, log, 20)
+    wait_for(lambda: log.exists() and "pictures to train on" in log.read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(3)
+    assert process.exitcode == -signal.SIGTERM
+
+
+DYING = """
+import os, sys, train
+step, calls = train.Run.step, []
+def dies(*arguments):
+    calls.append(1)
+    if len(calls) == 5 and train.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+    return step(*arguments)
+train.Run.step = dies
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_dead_rank_restarts_and_two_agents_are_one_job(folder, tmp_path):
+    """Two processes of one agent that lose one on the way, and two agents of a process each."""
+    (tmp_path / "dying.py").write_text(DYING)
+    one = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "dying.py",
+                   *arguments(folder, tmp_path / "restarted", model=EXACT))
+    said = one.communicate()[0]
+    assert one.returncode == 0, said
+    assert said.count("epoch 1/3") == 1 and said.count("epoch 3/3") == 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=job",
+               f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost", HERE / "train.py",
+               *arguments(folder, tmp_path / "agents", model=EXACT)]
+    agents = [torchrun(*command) for _ in range(2)]
+    outputs = [agent.communicate()[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "2 process(es)" in "".join(outputs)
+    assert same(weights(tmp_path / "restarted"), weights(tmp_path / "agents"))
+
+
+def test_unreadable_pictures_are_named_or_replaced_and_counted(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    broken = data / "train" / "blue" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    (data / "train" / "red" / "1.png").write_bytes(b"")
+    assert train.main(arguments(data, tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--skip-broken" in said
+    assert str(broken) in said or str(data / "train" / "red" / "1.png") in said
+    out = tmp_path / "skipping"
+    assert train.main(arguments(data, out, "--skip-broken", "--repeats", "1")) == 0
+    assert capsys.readouterr().out.count("2 unreadable pictures replaced") == 3
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["broken"] for line in lines] == [2, 2, 2]
+
+
+def full_disk(size):
+    save = train.Run.save
+
+    def fills(run):
+        save(run)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    train.Run.save = fills
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = child(arguments(folder, out), full_disk, log, 20000)
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 1 and "Traceback" not in said
+    assert "cannot write" in said and "File too large" in said and "--resume" in said
+    assert last(out)["place"]["epoch"] == 1 and not list(out.glob("*.tmp"))
+    assert train.main(["--resume", "--out", str(out)]) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, capsys):
+    more = ["--lr", "10", "--weight-decay", "0.5", "--warmup", "0", "--epochs", "30"]
+    assert train.main(arguments(folder, tmp_path / "run", *more)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the loss is" in said and "epoch" in said and "step" in said
+    model = last(tmp_path / "run")["model"]
+    assert all(value.isfinite().all() for value in model.values())
+
+
+class Stranger:
+    def __reduce__(self):
+        return (os.mkdir, ("stranger-was-here",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=Stranger()), "evil.pt")
+    assert train.main(["--weights", "evil.pt", "--out", "run", *TINY]) == 2
+    assert not (tmp_path / "stranger-was-here").exists()
+    assert "evil.pt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_cannot_be_resumed(folder, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    state = last(whole)
+    del state["model"]["stages.0.embed.0.weight"]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "another model" in capsys.readouterr().err
+    (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "last.pt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_ten_thousand_command_lines_never_give_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    random, accepted = np.random.RandomState(0), 0
+    names = ["--" + name.replace("_", "-") for name in train.OPTIONS] + [
+        "--model", "--set", "--data", "--out", "--weights", "--resume", "--eval", "--plot", "--amp",
+        "--device", "--workers", "--compile", "--skip-broken", "--no-compile", "-x", "--", ""]
+    values = ["0", "1", "-1", "3.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 400, "tiny",
+              "huge", "", " ", "\0", "é", "a=b", "=", "drop_path=nan", "dims=8", "depths=()",
+              "heads=[1,2", "clusters=0,0,0,0", "lce=None", "ffn_ratio='x'", "dims=1,2,3,4",
+              "layer_scale=(1,)*4", "num_classes=-3", "in_channels=1e9", "depths=1.5,1,1,1",
+              "clusters=64,16,4,1", "drop_path=0.2", "digits", "bf16", "cpu", "--", "()" * 200]
+    for _ in range(10000):
+        words = []
+        for _ in range(random.randint(1, 4)):
+            words.append(names[random.randint(len(names))])
+            words += [values[random.randint(len(values))] for _ in range(random.randint(0, 3))]
+        try:
+            options = train.parse(words)
+            if "resume" not in options and "plot" not in options:
+                train.model_config(options, 10)
+                accepted += 1
+        except train.Halt as halt:
+            assert str(halt) and "\n" not in str(halt)
+    assert accepted > 100
+
+
+def test_a_log_file_has_a_line_for_each_epoch(folder, tmp_path):
+    process = child(arguments(folder, tmp_path / "run"), None, tmp_path / "log")
+    process.join()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [
+        ["epoch", f"{i}/3"] for i in (1, 2, 3)]
+    assert len(lines) < 9 and not any("\r" in line for line in lines)

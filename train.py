@@ -415,18 +415,18 @@ def total(*numbers, device):
     return sums.tolist()
 
 
-def stop_asked(flag=[]):
-    """Whether SIGTERM or SIGINT has come; the first call sees to that. A second ends us."""
-    def on_signal(number, frame):
-        # torchrun passes a Ctrl-C on to processes that had it already: the same second is one call.
-        if flag and time.monotonic() - flag[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        flag.append(time.monotonic())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, on_signal)
-    return bool(flag)
+SIGNALS = []  # when SIGTERM or SIGINT came
+
+
+def on_signal(number, frame):
+    """The first asks for an end after the step, the second ends the process.
+
+    torchrun passes a Ctrl-C on to processes that had it already: within a second is once.
+    """
+    if SIGNALS and time.monotonic() - SIGNALS[0] > 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    SIGNALS.append(time.monotonic())
 
 
 def ignore_signals(worker):
@@ -592,7 +592,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update_parameters(self.model)
-        loss, broken, stop = total(loss_sum, len(complaints), stop_asked(), device=self.device)
+        loss, broken, stop = total(loss_sum, len(complaints), len(SIGNALS), device=self.device)
         return loss / world(), int(broken), stop > 0
 
     def train_epoch(self, loader, transform, accumulate):
@@ -744,7 +744,8 @@ def train(options):
               f"{classes} classes; {world()} process(es) on {device.type}, {accumulate} "
               f"accumulation step(s); {out}", flush=True)
     transform, began = BatchTransform(options, classes), time.perf_counter()
-    stop_asked()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     while run.place["epoch"] < options["epochs"]:
         speed = run.train_epoch(train_loader, transform, accumulate)
         if speed is None:
