@@ -657,7 +657,7 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, capsys, what, words):
     assert train.main(["--weights", str(path), "--out", str(tmp_path / "run"), *TINY]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(path) in said and words in said
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run").exists()  # the next try can have the folder
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -1105,7 +1105,7 @@ def test_a_checkpoint_of_another_model_cannot_be_resumed(folder, whole, tmp_path
     del state["model"]["stages.0.embed.0.weight"]
     torch.save(state, tmp_path / "run" / "last.pt")
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "another model" in capsys.readouterr().err
+    assert "is of another model" in capsys.readouterr().err
     (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
     assert "last.pt is not a checkpoint" in capsys.readouterr().err

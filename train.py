@@ -358,26 +358,27 @@ def resume_command(out):
 
 
 def open_run(options):
-    """The folder of the run, claimed, and its last checkpoint or None. Only rank 0 calls this."""
+    """The folder of the run and its last checkpoint or None. Only rank 0 calls this."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    runs, number = Path("runs"), 1
-    while (runs / str(number)).exists():
-        number += 1
-    number -= restarted  # torchrun started a dead run again
-    out = Path(options.get("out", runs / str(max(number, 1))))
+    number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
+    number = max(number - restarted, 1)  # torchrun has started the newest run again
+    out = Path(options.get("out", Path("runs", str(number))))
     if options.get("resume") or restarted and (out / "config.json").exists():
         return out, load(out / "last.pt") if (out / "last.pt").exists() else None
+    record = dict(options=options, torch=torch.__version__, processes=world())
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "config.json", "x"):  # fails if another run was first
-            pass
+        mine = out / f"config.json.{os.getpid()}"
+        write(mine, json.dumps(record, indent=1).encode())
+        try:
+            os.link(mine, out / "config.json")  # fails where another run was first
+        finally:
+            mine.unlink()
     except FileExistsError:
         raise Halt(f"--out {out} has a run already: go on with {resume_command(out)}, or choose "
                    "another folder")
     except OSError as error:
         raise Halt(f"--out {out}: {error.strerror}")
-    record = dict(options=options, torch=torch.__version__, processes=world())
-    write(out / "config.json", json.dumps(record, indent=1).encode())
     return out, None
 
 
@@ -516,12 +517,12 @@ def load_into(model, options):
 class Run:
     """Everything that changes while training, and the steps that change it."""
 
-    def __init__(self, options, config, device, out, checkpoint):
-        self.options, self.device, self.out = options, device, out
+    def __init__(self, options, config, device):
+        self.options, self.device = options, device
         seed_all(options["seed"])
         self.model = SecViT(config).to(device, memory_format=torch.channels_last)
         self.place = dict(epoch=0, step=0, loss=0.0, broken=0, history=[])  # where the run is
-        if "weights" in options and not checkpoint:
+        if "weights" in options and not options.get("resume"):
             load_into(self.model, options)
         if device.type == "cuda" and world() > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -530,16 +531,20 @@ class Run:
         self.amp = options.get("amp") or "off" if device.type == "cpu" else options.get(
             "amp", "bf16" if torch.cuda.is_bf16_supported() else "fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+        self.parallel = self.model if world() == 1 else DistributedDataParallel(
+            self.model, device_ids=[device] if device.type == "cuda" else None)
+        self.forward = torch.compile(self.parallel) if options["compile"] else self.parallel
+
+    def open(self):
+        """Claims the folder of the run, or goes on from the checkpoint in it."""
+        self.out, checkpoint = from_rank_0(open_run, self.options)
         if checkpoint:
             try:
                 self.place = checkpoint["place"]
                 for name, part in self.parts().items():
                     part.load_state_dict(checkpoint[name])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise Halt(f"{out / 'last.pt'} is of another model or no run's checkpoint: {error}")
-        self.parallel = self.model if world() == 1 else DistributedDataParallel(
-            self.model, device_ids=[device] if device.type == "cuda" else None)
-        self.forward = torch.compile(self.parallel) if options["compile"] else self.parallel
+                raise Halt(f"{self.out / 'last.pt'} is of another model or no run's: {error}")
 
     def parts(self):
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
@@ -699,7 +704,8 @@ def loaders(options, train, val):
                       if share % a == 0 and share // a <= options["micro"])
     workers = options["workers"]
     if workers < 0:
-        workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     common = dict(num_workers=workers, pin_memory=torch.cuda.is_available(),
                   persistent_workers=workers > 0, worker_init_fn=ignore_signals)
     batches = Batches(len(train), options, accumulate, rank(), world())
@@ -730,19 +736,19 @@ def train(options):
     train_loader, val_loader, accumulate = loaders(options, train_set, val_set)
     config = model_config(options, classes)
     if options.get("eval"):
-        run = Run(options | dict(ema=0), config, device, None, None)
+        run = Run(options | dict(ema=0), config, device)
         accuracy = evaluate(run.model, val_loader, run)
         if rank() == 0:
             print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
         return
-    out, checkpoint = from_rank_0(open_run, options)
-    run = Run(options, config, device, out, checkpoint)
+    run = Run(options, config, device)
+    run.open()
     if rank() == 0:
         print(", ".join(f"{name} {value}" for name, value in options.items()))
         print(f"SecViT-{options['model']}, {sum(p.numel() for p in run.model.parameters()):,} "
               f"parameters; {len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
               f"{classes} classes; {world()} process(es) on {device.type}, {accumulate} "
-              f"accumulation step(s); {out}", flush=True)
+              f"accumulation step(s); {run.out}", flush=True)
     transform, began = BatchTransform(options, classes), time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -752,7 +758,7 @@ def train(options):
             run.save()
             if rank() == 0:
                 print(f"stopped in epoch {run.place['epoch'] + 1} after step {run.place['step']}, "
-                      f"saved; go on with: {resume_command(out)}")
+                      f"saved; go on with: {resume_command(run.out)}")
             return
         run.end_epoch(val_loader, speed)
     if rank() == 0:
@@ -761,8 +767,8 @@ def train(options):
         print(f"top-1 {history[-1]['raw_top1']:.2f} %, averaged weights "
               f"{history[-1]['ema_top1']:.2f} % after epoch {options['epochs']} and "
               f"{(time.perf_counter() - began) / 60:.1f} minutes; best {best['top1']:.2f} % after "
-              f"epoch {best['epoch']}, {out / 'best.pt'}")
-        plot(out)
+              f"epoch {best['epoch']}, {run.out / 'best.pt'}")
+        plot(run.out)
 
 
 def main(argv):
