@@ -435,7 +435,8 @@ def count(model, size=224):
     torch's counter takes convolutions and matrix products; Eq. 3 (0.04 % in Tiny) is not one here.
     """
     counter, training = FlopCounterMode(display=False), model.training
-    picture = torch.zeros(1, model.config.in_channels, size, size).to(next(model.parameters()))
+    weight = next(model.parameters())
+    picture = torch.zeros(1, weight.shape[1], size, size).to(weight)
     with counter, sdpa_kernel(SDPBackend.MATH):  # attention as the two products it stands for
         model.eval()(picture)
     model.train(training)

@@ -8,6 +8,7 @@
     python train.py --resume --out runs/base         # goes on where that run stopped
     python train.py --eval --weights runs/base/best.pt --data IMAGENET
     python train.py --plot runs                      # the curves of all runs in a folder
+    python train.py --benchmark --model tiny         # speed and memory beside torchvision's swin_t
 
 IMAGENET is a folder with train/ and val/, each with a folder of pictures for every class.
 """
@@ -20,26 +21,32 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
+from torchvision.models import swin_t
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from secvit import VARIANTS, SecViT, SecViTConfig, load_weights, read_checkpoint
+import secvit
+from secvit import VARIANTS, SecViT, count, load_weights, read_checkpoint
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -112,6 +119,7 @@ def parse(argv):
     add("--weights", help="a checkpoint to start from or to evaluate, ours or the authors'")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--eval", action="store_true", help="evaluate --weights and end")
+    add("--benchmark", action="store_true", help="time --model on synthetic batches and end")
     add("--plot", metavar="FOLDER", help="draw the curves of all runs in a folder and end")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--amp", choices=("bf16", "fp16", "off"), help="default on a GPU: bf16, or else fp16")
@@ -135,6 +143,8 @@ def parse(argv):
     trained = load(given["weights"]).get("options", {}) if given.get("eval") else {}
     recipe = {name: value for name, (value, *_) in OPTIONS.items()}
     preset = recipe | PRESETS.get(given.get("data", trained.get("data", "digits")), {})
+    if given.get("benchmark"):
+        preset = recipe | dict(batch=8)
     options = dict(model="tiny", set=[], data="digits", workers=-1, compile=False,
                    skip_broken=False) | preset | trained | given
     for name, (_, low, high, _) in OPTIONS.items():
@@ -416,6 +426,7 @@ def total(*numbers, device):
     return sums.tolist()
 
 
+AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)
 SIGNALS = []  # when SIGTERM or SIGINT came
 
 
@@ -551,7 +562,7 @@ class Run:
         return parts | (dict(ema=self.ema) if self.ema else {})
 
     def autocast(self):
-        dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.amp)
+        dtype = AMP.get(self.amp)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def save(self):
@@ -694,6 +705,117 @@ def plot(folder):
     print(f"drew {len(logs)} run(s): {Path(folder) / 'curves.png'}")
 
 
+def unsorted():
+    """A context in which SECA cuts the tokens as they come, to see what sorting costs."""
+    return mock.patch.multiple(
+        secvit, cluster_order=lambda k: k,
+        group=lambda x, k, c: [rearrange(x, "b n (c m) d -> b (n c) m d", c=c)],
+        ungroup=lambda parts, k: rearrange(parts[0], "b (n c) m d -> b n (c m) d", n=k.shape[1]))
+
+
+def contestant(name, options):
+    """A model of the benchmark and the context to run it in."""
+    config = VARIANTS[options["model"]]
+    if name == "swin_t":
+        return swin_t(), contextlib.nullcontext
+    if name == "one cluster":
+        return SecViT(replace(config, clusters=(1, 1, 1, 1))), contextlib.nullcontext
+    return SecViT(config), unsorted if name == "unsorted" else contextlib.nullcontext
+
+
+def one_pass(model, pictures, options, training):
+    """A function that runs the model once; with a backward pass and a step of AdamW to train."""
+    model.train(bool(training))
+    optimizer = torch.optim.AdamW(model.parameters())
+    labels = torch.zeros(len(pictures), dtype=torch.long, device=pictures.device)
+    forward = torch.compile(model) if options["compile"] else model
+    dtype = AMP.get(options.get("amp"))
+
+    def run():
+        with torch.set_grad_enabled(bool(training)):
+            with torch.autocast(pictures.device.type, dtype, enabled=dtype is not None):
+                logits = forward(pictures)
+            if training:
+                F.cross_entropy(logits.float(), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        if pictures.is_cuda:
+            torch.cuda.synchronize()
+    return run
+
+
+def seconds(run):
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def peak_memory(name, options, training):
+    """MiB that a pass takes over the model. On a CPU, /proc of a fresh process tells (Linux)."""
+    device, (model, context) = start(options), contestant(name, options)
+    pictures = torch.randn(options["batch"], 3, options["size"], options["size"], device=device)
+    run = one_pass(model.to(device), pictures, options | dict(compile=False), training)
+
+    def resident(peak):
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        lines = dict(line.split(":") for line in open("/proc/self/status"))
+        return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+    with context():
+        one_pass(model, pictures[:1, :, :32, :32].contiguous(), options | dict(compile=False), 0)()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident(peak=False)
+        run()
+        return (resident(peak=True) - before) / 2**20
+
+
+def benchmark(options):
+    """Medians over rounds in which every model has its turn, so that a noisy machine is fair."""
+    device = start(options)
+    names = f"SecViT-{options['model']}", "one cluster", "unsorted", "swin_t"
+    size, batch, amp = options["size"], options["batch"], options.get("amp", "off")
+    if size % 32:
+        raise Halt(f"--size {size}: the benchmark needs a multiple of 32, for `unsorted`")
+    matrix = torch.randn(4096, 4096, device=device, dtype=AMP.get(amp, torch.float32))
+
+    def product():
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    peak = 2 * 4096**3 / statistics.median(seconds(product) for _ in range(7))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    mode = "compiled" if options["compile"] else "eager"
+    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+          f"{platform.python_version()}, {time.strftime('%Y-%m-%d')}; {size} px, batch {batch}, "
+          f"amp {amp}, {mode}; matrix peak {peak / 1e9:.0f} GFLOP/s")
+    pictures = torch.randn(batch, 3, size, size, device=device)
+    for training in (False, True):
+        models = {name: contestant(name, options) for name in names}
+        runs = {name: one_pass(model.to(device), pictures, options, training)
+                for name, (model, _) in models.items()}
+        times, began = {name: [] for name in runs}, time.perf_counter()
+        for turn in range(12):
+            if turn > 3 and time.perf_counter() - began > 120:
+                break
+            for name, run in runs.items():
+                with models[name][1]():
+                    times[name].append(seconds(run))
+        print(f"\n{'training step' if training else 'inference':14} images/s  spread  of swin_t  "
+              f"multiply-adds  of peak  memory over the model; {turn} rounds")
+        for name, (model, _) in models.items():
+            low, median, high = statistics.quantiles(times[name][1:], n=4)  # the first warms up
+            macs = count(model, size)[1]
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                memory = pool.apply(peak_memory, (name, options, training))
+            print(f"{name:14}{batch / median:9.2f}  {(high - low) / median:5.0%}  "
+                  f"{statistics.median(times['swin_t'][1:]) / median:8.2f}x  {macs / 1e9:11.3f} G  "
+                  f"{2 * macs * batch * (3 if training else 1) / median / peak:6.0%}  "
+                  f"{memory:6.0f} MiB", flush=True)
+
+
 def loaders(options, train, val):
     """Batches for training and evaluation, this process's share, and the accumulation steps."""
     share, rest = divmod(options["batch"], world())
@@ -778,6 +900,8 @@ def main(argv):
         options = from_rank_0(parse, argv)
         if "plot" in options:
             from_rank_0(plot, options["plot"])
+        elif options.get("benchmark"):
+            benchmark(options)
         else:
             train(options)
     except Halt as halt:
