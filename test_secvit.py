@@ -604,7 +604,7 @@ def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monk
     gradient is 0, and clusters part on them in time.
     """
     more = ["--mixup", "0", "--cutmix", "0", "--erasing", "0", "--micro", "2", "--lr",
-            "0.01", "--epochs", "1", "--warmup", "0"]
+            "0.001", "--epochs", "1", "--warmup", "0"]
     (tmp_path / "both.py").write_text(TWO)
     run = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "both.py",
                    *arguments(folder, tmp_path / "two", *more, model=EXACT))
@@ -621,7 +621,7 @@ def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monk
     after = last(tmp_path / "one")["model"]
     moved = {name: (after[name] - p).abs().max() for name, p in first.named_parameters()}
     error = {name: (after[name] - ranks[0]["model"][name]).abs().max() for name in moved}
-    assert max(moved.values()) > 0.01 and max(error.values()) < 0.002 * max(moved.values())
+    assert max(moved.values()) > 5e-4 and max(error.values()) < 0.002 * max(moved.values())
 
 
 def test_weights_start_a_run_and_a_new_head_is_said(whole, tmp_path, capsys):

@@ -894,8 +894,11 @@ def train(options):
 
 
 def main(argv):
-    if world() > 1:
-        dist.init_process_group()
+    if world() > 1:  # a restarted group must not find the addresses of the dead one in the store
+        store = next(dist.rendezvous("env://"))[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank(),
+                                world_size=world())
     try:
         options = from_rank_0(parse, argv)
         if "plot" in options:
