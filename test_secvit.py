@@ -488,7 +488,7 @@ def test_weights_load_into_a_backbone_and_under_a_new_head():
 
 TINY = ["--set", "depths=1,1,1,1", "dims=8,8,16,16", "heads=1,1,2,2", "head_width=16",
         "clusters=4,2,2,1", "--workers", "0", "--size", "32"]
-EXACT = ["--set", *TINY[1:6], "drop_path=0", *TINY[6:]]
+EXACT = ["--set", *TINY[1:5], "clusters=1,1,1,1", "drop_path=0", *TINY[6:]]
 
 
 @pytest.fixture(scope="session")
@@ -600,11 +600,11 @@ def torchrun(*command, **options):
 def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monkeypatch):
     """Equal weights on both ranks, and those of one process that takes two turns a step.
 
-    By three steps of plain gradient descent: AdamW makes whole steps of rounding errors where a
-    gradient is 0, and clusters part on them in time.
+    By gradient descent, on one cluster, with last maps of 2x2: where a gradient is 0, AdamW makes
+    whole steps of rounding errors; clusters can part on them, and BN of two numbers a sign.
     """
     more = ["--mixup", "0", "--cutmix", "0", "--erasing", "0", "--micro", "2", "--lr",
-            "0.001", "--epochs", "1", "--warmup", "0"]
+            "0.1", "--epochs", "1", "--warmup", "0", "--size", "64"]
     (tmp_path / "both.py").write_text(TWO)
     run = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "both.py",
                    *arguments(folder, tmp_path / "two", *more, model=EXACT))
@@ -621,7 +621,7 @@ def test_two_processes_train_like_one_with_the_same_batch(folder, tmp_path, monk
     after = last(tmp_path / "one")["model"]
     moved = {name: (after[name] - p).abs().max() for name, p in first.named_parameters()}
     error = {name: (after[name] - ranks[0]["model"][name]).abs().max() for name in moved}
-    assert max(moved.values()) > 5e-4 and max(error.values()) < 0.002 * max(moved.values())
+    assert max(moved.values()) > 0.005 and max(error.values()) < 1e-5
 
 
 def test_weights_start_a_run_and_a_new_head_is_said(whole, tmp_path, capsys):
