@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +17,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -1144,3 +1147,37 @@ def test_a_log_file_has_a_line_for_each_epoch(folder, tmp_path):
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [
         ["epoch", f"{i}/3"] for i in (1, 2, 3)]
     assert len(lines) < 9 and not any("\r" in line for line in lines)
+
+
+# --------------------------------------------------------------------------------------- notebooks
+
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_exercises_are_open(path, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(HERE / "secvit.py", tmp_path)
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=1200, resources=dict(
+        metadata=dict(path=tmp_path / "notebooks")))
+    try:
+        client.execute()
+    except nbclient.exceptions.CellExecutionError as error:
+        number = client.code_cells_executed
+        pytest.fail(f"{path.name}, code cell {number}: {error}", pytrace=False)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert 15 <= len(notebook.cells) <= 30
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 15
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr"
+            text = output.get("text", "")
+            assert not re.search(r"/(tmp|root|home|work|usr|opt)/|Warning|\r", text)
+    assert sum("<details>" in cell.source for cell in notebook.cells) >= 2
