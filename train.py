@@ -608,7 +608,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update_parameters(self.model)
-        loss, broken, stop = total(loss_sum, len(complaints), len(SIGNALS), device=self.device)
+        loss, broken, stop = total(float(loss_sum), len(complaints), len(SIGNALS), device=self.device)
         return loss / world(), int(broken), stop > 0
 
     def train_epoch(self, loader, transform, accumulate):
@@ -639,9 +639,9 @@ class Run:
     def end_epoch(self, val, speed):
         """Evaluates, records, saves; best.pt first, so that a kill in between loses nothing."""
         place, options = self.place, self.options
-        for module in (self.model, self.ema) if world() > 1 and self.ema else ():
-            for buffer in module.buffers():  # without SyncBN each rank has its own statistics
-                dist.broadcast(buffer, 0)
+        for module in filter(None, (self.model, self.ema)):
+            for buffer in module.buffers() if world() > 1 else ():
+                dist.broadcast(buffer, 0)  # without SyncBN each rank has its own statistics
         raw = evaluate(self.model, val, self)
         averaged = evaluate(self.ema.module, val, self) if self.ema else raw
         place["epoch"], place["step"] = place["epoch"] + 1, 0
