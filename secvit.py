@@ -114,7 +114,8 @@ def group(x, order, clusters):
     b, n, l, _ = x.shape
     x = Permute.apply(rearrange(x, "b n l d -> (b l n) d"), row_numbers(order))
     x = rearrange(x, "(b n l) d -> b n l d", b=b, n=n)  # Eq. 3: Q*, K*, V*
-    m, longer = divmod(l, min(clusters, l))
+    c = min(clusters, l)
+    m, longer = l // c, l % c
     parts = zip(x.split([longer * (m + 1), l - longer * (m + 1)], dim=2), (m + 1, m))
     return [rearrange(part, "b n (c m) d -> b (n c) m d", m=size)  # Eq. 4
             for part, size in parts if part.shape[2]]
@@ -133,7 +134,8 @@ def cluster_labels(k, clusters):
     """The cluster of each token, 0 the most similar to the centre. Keys (b n l d) -> (b n l)."""
     order = cluster_order(k)
     l = order.shape[-1]
-    m, longer = divmod(l, min(clusters, l))
+    c = min(clusters, l)
+    m, longer = l // c, l % c
     place = torch.arange(l, device=k.device)
     label = torch.maximum(place // (m + 1), (place - longer) // m)
     return torch.empty_like(order).scatter_(-1, order, label.expand_as(order))
@@ -149,7 +151,8 @@ def row_numbers(order):
 
 def invert(index):
     """The inverse permutation: a scatter, where a second sort would cost more. (l) -> (l)."""
-    return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+    place = torch.arange(index.shape[0], device=index.device)
+    return torch.empty_like(index).scatter_(0, index, place)
 
 
 class Permute(torch.autograd.Function):
