@@ -1151,6 +1151,31 @@ def test_a_log_file_has_a_line_for_each_epoch(folder, tmp_path):
     assert len(lines) < 9 and not any("\r" in line for line in lines)
 
 
+# ------------------------------------------------------------------------------------ the benchmark
+
+
+def test_the_benchmark_has_a_row_for_each_model(capsys, monkeypatch):
+    monkeypatch.setattr(train, "in_fresh_process", lambda function, *arguments: 1.0)
+    assert train.main(["--benchmark", "--size", "32", "--batch", "2"]) == 0
+    said = capsys.readouterr().out
+    for name in ("SecViT-tiny", "one cluster", "unsorted", "swin_t"):
+        rows = [line.split() for line in said.splitlines() if line.startswith(name)]
+        assert len(rows) == 2 and all(len(row) >= 8 for row in rows)
+    assert train.main(["--benchmark", "--size", "33"]) == 2
+
+
+def test_unsorted_is_the_same_attention_on_the_tokens_as_they_come():
+    seca = SECA(16, heads=2, clusters=4, lce=False).double()
+    x = torch.randn(2, 4, 8, 16, dtype=torch.float64)
+    with train.unsorted():
+        y = seca(x)
+    parts = [SECA(16, heads=2, clusters=1, lce=False).double() for _ in range(4)]
+    for part, tokens, expected in zip(parts, x.chunk(4, 1), y.chunk(4, 1)):
+        part.load_state_dict(seca.state_dict())
+        torch.testing.assert_close(part(tokens), expected)
+    assert not torch.allclose(seca(x), y)
+
+
 # --------------------------------------------------------------------------------------- notebooks
 
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))

@@ -608,7 +608,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update_parameters(self.model)
-        loss, broken, stop = total(float(loss_sum), len(complaints), len(SIGNALS), device=self.device)
+        numbers = float(loss_sum), len(complaints), len(SIGNALS)
+        loss, broken, stop = total(*numbers, device=self.device)
         return loss / world(), int(broken), stop > 0
 
     def train_epoch(self, loader, transform, accumulate):
@@ -772,6 +773,11 @@ def peak_memory(name, options, training):
         return (resident(peak=True) - before) / 2**20
 
 
+def in_fresh_process(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def benchmark(options):
     """Medians over rounds in which every model has its turn, so that a noisy machine is fair."""
     device = start(options)
@@ -808,8 +814,7 @@ def benchmark(options):
         for name, (model, _) in models.items():
             low, median, high = statistics.quantiles(times[name][1:], n=4)  # the first warms up
             macs = count(model, size)[1]
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory = pool.apply(peak_memory, (name, options, training))
+            memory = in_fresh_process(peak_memory, name, options, training)
             print(f"{name:14}{batch / median:9.2f}  {(high - low) / median:5.0%}  "
                   f"{statistics.median(times['swin_t'][1:]) / median:8.2f}x  {macs / 1e9:11.3f} G  "
                   f"{2 * macs * batch * (3 if training else 1) / median / peak:6.0%}  "
