@@ -20,10 +20,12 @@ here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is right.
 """
 
 import argparse
-import re
+import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from copy import deepcopy
 from functools import partial
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,7 @@ class SecViTConfig:
     dims: tuple = (64, 128, 256, 512)  # channels
     heads: tuple = (2, 4, 8, 16)
     clusters: tuple = (32, 8, 2, 1)  # Table 7; 1 is full attention
+    cluster_size: int = 0  # most tokens of a cluster, by more clusters; 98 is 224 px; 0: any number
     ffn_ratio: float = 3  # hidden channels of the FFN for each channel
     drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0
     num_classes: int = 1000  # 0: no head, the model returns its feature maps
@@ -71,7 +74,7 @@ class SecViTConfig:
                 raise ValueError(f"dims {self.dims}, heads {self.heads}: {dim} must divide by "
                                  f"{heads} (4 times that with rope), dims[0] by 2 with conv_stem")
         if not (0 <= self.drop_path < 1 and self.ffn_ratio * min(self.dims) >= 1
-                and min(self.num_classes, self.head_width, *self.layer_scale) >= 0):
+                and min(self.num_classes, self.head_width, self.cluster_size, *self.layer_scale) >= 0):
             raise ValueError(f"a number below 0, drop_path not below 1, or tiny ffn_ratio: {self}")
 
 
@@ -94,10 +97,12 @@ PAPER_TEXT = dict(rope=False, ffn_conv=False, head_width=0, stem_gelu=True)
 
 def similarity(k):
     """Cosine similarity of each token to its head's centre. Keys (b n l d) -> (b n l), float32."""
-    k = k.to(torch.promote_types(k.dtype, torch.float32))  # float64 stays
-    center = k.mean(dim=-2, keepdim=True)  # Eq. 2
+    # A token's channels lie together in memory in this order, which makes the norm twice as fast.
+    k = rearrange(k, "b n l d -> b l n d").to(torch.promote_types(k.dtype, torch.float32))
+    center = k.mean(dim=1, keepdim=True)  # Eq. 2
     # Multiplied and summed, since autocast would round a matrix product to half precision.
-    return (k * F.normalize(center, dim=-1)).sum(-1) / k.norm(dim=-1).clamp_min(1e-12)  # Eq. 3
+    sim = (k * F.normalize(center, dim=-1)).sum(-1) / k.norm(dim=-1).clamp_min(1e-12)  # Eq. 3
+    return rearrange(sim, "b l n -> b n l")
 
 
 def cluster_order(k):
@@ -105,67 +110,46 @@ def cluster_order(k):
     return similarity(k.detach()).argsort(dim=-1, descending=True)  # Eq. 3
 
 
-def group(x, order, clusters):
-    """Sorts the tokens of each head and cuts the sequence into c = min(clusters, l) clusters.
-
-    x (b n l d), order (b n l) -> [(b (n c) m d)], one tensor where c divides l. Else two, clusters
-    of m + 1 tokens before those of m, as torch.tensor_split does: nothing to pad, nothing to mask.
-    """
-    b, n, l, _ = x.shape
-    x = Permute.apply(rearrange(x, "b n l d -> (b l n) d"), row_numbers(order))
-    x = rearrange(x, "(b n l) d -> b n l d", b=b, n=n)  # Eq. 3: Q*, K*, V*
-    c = min(clusters, l)
-    m, longer = l // c, l % c
-    parts = zip(x.split([longer * (m + 1), l - longer * (m + 1)], dim=2), (m + 1, m))
-    return [rearrange(part, "b n (c m) d -> b (n c) m d", m=size)  # Eq. 4
-            for part, size in parts if part.shape[2]]
-
-
-def ungroup(parts, order):
-    """Puts grouped tokens back into their places. [(b (n c) m d)], order (b n l) -> (b n l d)."""
-    b, n, _ = order.shape
-    parts = [rearrange(part, "b (n c) m d -> b n (c m) d", n=n) for part in parts]
-    x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    x = Permute.apply(rearrange(x, "b n l d -> (b n l) d"), invert(row_numbers(order)))
-    return rearrange(x, "(b l n) d -> b n l d", b=b, n=n)
-
-
 def cluster_labels(k, clusters):
     """The cluster of each token, 0 the most similar to the centre. Keys (b n l d) -> (b n l)."""
     order = cluster_order(k)
-    l = order.shape[-1]
-    c = min(clusters, l)
-    m, longer = l // c, l % c
-    place = torch.arange(l, device=k.device)
-    label = torch.maximum(place // (m + 1), (place - longer) // m)
+    pieces = torch.zeros_like(order[0, 0]).tensor_split(min(clusters, order.shape[-1]))
+    label = torch.cat([piece + number for number, piece in enumerate(pieces)])
     return torch.empty_like(order).scatter_(-1, order, label.expand_as(order))
 
 
-def row_numbers(order):
-    """The rows (b l n) in sorted order: a head's channels lie together and move as one piece."""
+def group(x, order, clusters):
+    """Sorts the tokens of each head and cuts the sequence into c = min(clusters, l) clusters.
+
+    x (b n l d), order (b n l) -> [((b c) n m d)], one tensor where c divides l. Else two, clusters
+    of m + 1 tokens before those of m, as torch.tensor_split does: nothing to pad, nothing to mask.
+    """
+    x, l = sort(x, order), order.shape[-1]  # Eq. 3: Q*, K*, V*
+    c = min(clusters, l)
+    m, longer = l // c, l % c
+    parts = x.split([longer * (m + 1), (c - longer) * m], dim=2)
+    return [rearrange(part, "b n (c m) d -> (b c) n m d", m=size)  # Eq. 4
+            for part, size in zip(parts, (m + 1, m)) if part.shape[2]]
+
+
+def ungroup(parts, order):
+    """Puts grouped tokens back into their places. [((b c) n m d)], order (b n l) -> (b n l d)."""
+    parts = [rearrange(part, "(b c) n m d -> b n (c m) d", b=order.shape[0]) for part in parts]
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, place)  # a second sort would cost more
+    return sort(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0], inverse)
+
+
+def sort(x, order):
+    """Token order[b, n, i] of head n becomes its token i. x (b n l d), order (b n l) -> as x.
+
+    The channels of a head move as one row, which is several times as fast as `gather`.
+    """
     b, n, l = order.shape
-    batch = torch.arange(b, device=order.device)[:, None, None]
-    head = torch.arange(n, device=order.device)[:, None]
-    return rearrange((batch * l + order) * n + head, "b n l -> (b n l)")
-
-
-def invert(index):
-    """The inverse permutation: a scatter, where a second sort would cost more. (l) -> (l)."""
-    place = torch.arange(index.shape[0], device=index.device)
-    return torch.empty_like(index).scatter_(0, index, place)
-
-
-class Permute(torch.autograd.Function):
-    """Rows in a new order. The gradient goes the way back: no sums, so faster than a gather's."""
-
-    @staticmethod
-    def forward(ctx, rows, index):
-        ctx.save_for_backward(index)
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Permute.apply(grad, invert(*ctx.saved_tensors)), None
+    picture, head = (torch.arange(size, device=x.device) for size in (b, n))
+    rows = rearrange((picture[:, None, None] * l + order) * n + head[:, None], "b n l -> (b l n)")
+    x = rearrange(x, "b n l d -> (b l n) d").index_select(0, rows)
+    return rearrange(x, "(b l n) d -> b n l d", b=b, n=n)
 
 
 # ------------------------------------------------------------------------- attention (Eq. 5 and 6)
@@ -208,9 +192,9 @@ class DepthwiseConv(nn.Conv2d):
 class SECA(nn.Module):
     """Semantic equitable clustering attention, with local context enhancement (LCE)."""
 
-    def __init__(self, dim, *, heads, clusters, lce=True):
+    def __init__(self, dim, *, heads, clusters, cluster_size=0, lce=True):
         super().__init__()
-        self.heads, self.clusters = heads, clusters
+        self.heads, self.clusters, self.cluster_size = heads, clusters, cluster_size
         self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.lce = DepthwiseConv(dim, 5) if lce else None
         self.out_proj = nn.Linear(dim, dim)
@@ -226,9 +210,10 @@ class SECA(nn.Module):
     def forward(self, x, turn=None):
         """(b h w c) -> (b h w c)."""
         q, k, v = self.qkv(x, turn)
-        if self.clusters > 1:
+        clusters = max(self.clusters, -(-k.shape[2] // (self.cluster_size or k.shape[2])))
+        if clusters > 1:
             order = cluster_order(k)  # Eq. 2, 3
-            parts = zip(*(group(t.type_as(v), order, self.clusters) for t in (q, k, v)))  # Eq. 3, 4
+            parts = zip(*(group(t.type_as(v), order, clusters) for t in (q, k, v)))  # Eq. 3, 4
             y = ungroup([F.scaled_dot_product_attention(*part) for part in parts], order)  # Eq. 5
         else:
             y = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
@@ -257,7 +242,10 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim, value):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+        self.gamma, self.value = nn.Parameter(torch.empty(dim)), value
+
+    def reset_parameters(self):
+        nn.init.constant_(self.gamma, self.value)
 
     def forward(self, x):
         return x * self.gamma
@@ -266,12 +254,12 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Conditional positional encoding (CPE), SECA, FFN. (b h w c) -> (b h w c)."""
 
-    def __init__(self, dim, *, heads, clusters, ffn_ratio, drop_path, layer_scale, cpe, lce,
-                 ffn_conv):
+    def __init__(self, dim, *, heads, clusters, cluster_size=0, ffn_ratio=3, drop_path=0.0,
+                 layer_scale=0, cpe=True, lce=True, ffn_conv=True):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SECA(dim, heads=heads, clusters=clusters, lce=lce)
+        self.attn = SECA(dim, heads=heads, clusters=clusters, cluster_size=cluster_size, lce=lce)
         self.ffn = FFN(dim, int(dim * ffn_ratio), conv=ffn_conv)
         self.scale1, self.scale2 = (
             LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
@@ -286,18 +274,10 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------- backbone (Fig. 3a)
 
 
-class PatchConv(nn.Conv2d):
-    """A convolution of patches side by side, the last of them filled up with zeros."""
-
-    def forward(self, x):
-        size = self.stride[0]
-        return super().forward(F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size)))
-
-
 def embedding(inputs, dim, stride, *, conv_stem, gelu):
-    """(b inputs h w) -> (b dim h/stride w/stride), rounded up. Appendix A, or patches (Table 6)."""
-    if not conv_stem:
-        return nn.Sequential(PatchConv(inputs, dim, stride, stride), nn.BatchNorm2d(dim))
+    """(b inputs h w) -> (b dim h/stride w/stride). Rounds up: Appendix A; or down: patches."""
+    if not conv_stem:  # Table 6
+        return nn.Sequential(nn.Conv2d(inputs, dim, stride, stride), nn.BatchNorm2d(dim))
     stem, layers = ((dim // 2, 2), (dim // 2, 1), (dim // 2, 1), (dim, 2)), []
     for outputs, step in stem if stride == 4 else ((dim, 2),):
         layers += [nn.Conv2d(inputs, outputs, 3, step, 1), nn.BatchNorm2d(outputs), nn.GELU()]
@@ -334,8 +314,9 @@ class SecViT(nn.Module):
                               gelu=cfg.stem_gelu and not i)
             blocks = [
                 Block(dim, heads=cfg.heads[i], clusters=cfg.clusters[i], ffn_ratio=cfg.ffn_ratio,
-                      drop_path=next(rates), layer_scale=cfg.layer_scale[i], cpe=cfg.cpe,
-                      lce=cfg.lce, ffn_conv=cfg.ffn_conv) for _ in range(cfg.depths[i])]
+                      cluster_size=cfg.cluster_size, drop_path=next(rates), cpe=cfg.cpe,
+                      layer_scale=cfg.layer_scale[i], lce=cfg.lce, ffn_conv=cfg.ffn_conv)
+                for _ in range(cfg.depths[i])]
             self.stages.append(Stage(embed, blocks, cfg.rope and dim // cfg.heads[i]))
             inputs = dim
         wide = cfg.head_width
@@ -347,6 +328,9 @@ class SecViT(nn.Module):
 
     @staticmethod
     def init_weights(module):
+        """For `apply`, also after `to_empty` where a model was built on the meta device."""
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
@@ -354,12 +338,17 @@ class SecViT(nn.Module):
     def forward_features(self, x):
         """Pictures (b in_channels height width) -> {"0": (b c h w), ...}, a map for each stage.
 
-        Strides are 4, 8, 16, 32; sizes round up. ValueError for sides below 32, other channels.
+        Strides are 4, 8, 16, 32; sizes round up (down if `conv_stem` is off). The maps are in
+        channels_last memory: `flatten` them, `view` fails. ValueError for an empty batch, sides
+        below 32, other channels. torch.compile makes a graph for each picture size, since one for
+        all takes too long to build. torch.export takes any batch, and sides in multiples of 32.
         """
         channels = self.config.in_channels
-        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < 32:
-            raise ValueError(f"resize or convert pictures {tuple(x.shape)} to (batch, {channels}, "
-                             "height, width) with sides of 32 or more")
+        if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] != channels or min(x.shape[2:]) < 32:
+            raise ValueError(f"resize or convert pictures {tuple(x.shape)} to (batch of 1 or more, "
+                             f"{channels}, height, width) with sides of 32 or more")
+        if torch.compiler.is_dynamo_compiling():
+            _ = [index(side) for side in x.shape[2:]]  # the compiler takes them as constants
         x, maps = x.contiguous(memory_format=torch.channels_last), OrderedDict()
         for i, stage in enumerate(self.stages):
             maps[str(i)] = x = stage(x)
@@ -383,13 +372,14 @@ secvit_tiny, secvit_small, secvit_base, secvit_large = (
 
 # ----------------------------------------------------------------------------- weights and counts
 
-RELEASED_NAMES = (  # what our parts are called in the released checkpoints; applied from the top
-    (r"^patch_embed\.proj\.", "stages.0.embed."),
-    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.embed."),
-    (r"embed\.reduction\.", "embed.0."), (r"embed\.norm\.", "embed.1."),
-    (r"^layers\.", "stages."), (r"\.(norm\d)\.norm\.", r".\1."), (r"\.pos\.", ".cpe."),
-    (r"\.lepe\.", ".lce."), (r"\.gamma_(\d)$", r".scale\1.gamma"),
-    (r"^proj\.", "head.0."), (r"^norm\.", "head.1."), (r"^head\.(weight|bias)", r"head.5.\1"))
+RELEASED_NAMES = (  # what the released checkpoints call our parts; replaced from the top
+    (".patch_embed.proj.", ".stages.0.embed."), (".layers.0.downsample.", ".stages.1.embed."),
+    (".layers.1.downsample.", ".stages.2.embed."), (".layers.2.downsample.", ".stages.3.embed."),
+    (".reduction.", ".0."), (".embed.norm.", ".embed.1."), (".layers.", ".stages."),
+    (".norm1.norm.", ".norm1."), (".norm2.norm.", ".norm2."), (".pos.", ".cpe."),
+    (".lepe.", ".lce."), (".gamma_1", ".scale1.gamma"), (".gamma_2", ".scale2.gamma"),
+    (".proj.", ".head.0."), (".norm.", ".head.1."),
+    (".head.weight", ".head.5.weight"), (".head.bias", ".head.5.bias"))
 
 
 def read_checkpoint(path):
@@ -408,27 +398,26 @@ def load_weights(model, checkpoint, *, new_head=False):
     checkpoint = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     own, given = model.state_dict(), {}
     for key, value in checkpoint.get("model", checkpoint.get("model_ema", checkpoint)).items():
-        for pattern, name in RELEASED_NAMES:
-            key = re.sub(pattern, name, key)
+        key = "." + key
+        for theirs, ours in RELEASED_NAMES:
+            key = key.replace(theirs, ours)
+        key = key[1:]
         if key.endswith("RoPE.angle") or key.startswith("head.") and not model.head:
             continue  # computed here; not wanted
-        parts = zip("qkv", value.chunk(3)) if ".qkv." in key else [("qkv", value)]
-        for part, weight in parts:
-            mine = key.replace("qkv", part)
-            if mine in own and weight.squeeze().shape == own[mine].squeeze().shape:
-                weight = weight.reshape(own[mine].shape)  # 1x1 convolutions are linear layers here
-            given[mine] = weight
-    differ = {key for key in own.keys() & given.keys() if own[key].shape != given[key].shape}
-    replaced = {key for key in differ if new_head and key.startswith("head.5.")}
-    wrong = {"missing": own.keys() - given.keys(), "unexpected": given.keys() - own.keys(),
-             "misshapen": {f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
-                           for key in differ - replaced}}
-    if any(wrong.values()):
-        raise ValueError("these are the weights of another model: " + "; ".join(
-            f"{len(keys)} {what}: {', '.join(sorted(keys)[:9])}{', ...' * (len(keys) > 9)}"
-            for what, keys in wrong.items() if keys))
-    model.load_state_dict(given | {key: own[key] for key in replaced})
-    return bool(replaced)
+        for name, weight in zip("qkv", value.chunk(3)) if ".qkv." in key else [("qkv", value)]:
+            name = key.replace("qkv", name)
+            if name in own and weight.squeeze().shape == own[name].squeeze().shape:
+                weight = weight.reshape(own[name].shape)  # 1x1 convolutions are linear layers here
+            given[name] = weight
+    classifier = {key: own[key] for key in ("head.5.weight", "head.5.bias") if new_head
+                  and key in given.keys() & own.keys() and given[key].shape != own[key].shape}
+    try:
+        deepcopy(model).load_state_dict(given | classifier)  # fails before the model has changed
+    except RuntimeError as error:
+        raise ValueError("these are the weights of another model: " + textwrap.shorten(
+            str(error).partition(":")[2], 600, placeholder=" ...")) from None
+    model.load_state_dict(given | classifier)
+    return bool(classifier)
 
 
 @torch.no_grad()

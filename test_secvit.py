@@ -49,7 +49,7 @@ def seed():
 def test_clusters_are_equal_or_differ_by_one_token(l, clusters):
     k = torch.randn(2, 3, l, 8)
     sizes = [part.shape[2] for part in group(k, cluster_order(k), clusters)
-             for _ in range(part.shape[1] // 3)]
+             for _ in range(len(part) // 2)]
     assert sum(sizes) == l and len(sizes) == min(clusters, l)
     assert max(sizes) - min(sizes) == (l % len(sizes) > 0)
     for labels in cluster_labels(k, clusters).flatten(0, 1):
@@ -66,7 +66,7 @@ def test_ungroup_after_group_is_the_identity(l, clusters):
 def test_group_is_a_gather_and_its_gradient_is_exact():
     x = torch.randn(2, 3, 11, 4, dtype=torch.float64, requires_grad=True)
     order = torch.rand(2, 3, 11).argsort(dim=-1)
-    rows = torch.cat([part.unflatten(1, (3, -1)).flatten(2, 3) for part in group(x, order, 4)], 2)
+    rows = torch.cat([rearrange(part, "(b c) n m d -> b n (c m) d", b=2) for part in group(x, order, 4)], 2)
     assert torch.equal(rows, x.gather(2, order[..., None].expand_as(x)))
     assert torch.autograd.gradcheck(lambda x: group(x, order, 4), x)
     assert torch.autograd.gradcheck(lambda x: ungroup(group(x, order, 4)[::1], order) ** 2, x)
@@ -232,7 +232,7 @@ def test_counts_of_table_7():
 def test_every_field_changes_the_model():
     base = SecViTConfig(**SMALL, clusters=(8, 4, 2, 1))
     other = dict(depths=(1, 1, 1, 1), dims=(16, 32, 32, 32), heads=(1, 2, 4, 4), ffn_ratio=2,
-                 clusters=(4, 4, 2, 1), drop_path=0.9, num_classes=6, in_channels=1, rope=False,
+                 clusters=(4, 4, 2, 1), cluster_size=3, drop_path=0.9, num_classes=6, in_channels=1, rope=False,
                  conv_stem=False, cpe=False, lce=False, ffn_conv=False, head_width=0,
                  layer_scale=(0, 0, 0, 0.5), stem_gelu=True)
     assert {*other} == {field.name for field in fields(SecViTConfig)}
@@ -257,7 +257,7 @@ def test_any_size_from_32_up(h, w, conv_stem):
     assert list(maps) == ["0", "1", "2", "3"]
     for i, y in enumerate(maps.values()):
         stride = 4 * 2**i
-        assert y.shape == (1, SMALL["dims"][i], -(-h // stride), -(-w // stride))
+        assert y.shape == (1, SMALL["dims"][i], *(-(-s // stride) if conv_stem else s // stride for s in (h, w)))
         assert y.isfinite().all()
 
 
@@ -308,8 +308,7 @@ def test_export_and_fullgraph_agree_with_eager():
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_agrees_with_eager():
-    block = secvit.Block(16, heads=2, clusters=3, ffn_ratio=2, drop_path=0.0, layer_scale=0,
-                         cpe=True, lce=True, ffn_conv=True)
+    block = secvit.Block(16, heads=2, clusters=3, ffn_ratio=2)
     x = torch.randn(2, 5, 5, 16, requires_grad=True)
     y = block(x, rotation(5, 5, 8, x))
     grad, = torch.autograd.grad(y.square().sum(), x)
@@ -470,8 +469,8 @@ def test_wrong_weights_are_named_and_change_nothing():
     weights["head.weight"] = torch.zeros(7, 1024, 1, 1)
     with pytest.raises(ValueError) as error:
         load_weights(model, weights)
-    for words in ("1 missing: stages.1.blocks.0.ffn.fc1.bias", "1 unexpected: extra.weight",
-                  "1 misshapen: head.5.weight (7, 1024, 1, 1) for (1000, 1024)"):
+    for words in ("Missing key(s) in state_dict: \"stages.1.blocks.0.ffn.fc1.bias\"",
+                  "Unexpected key(s) in state_dict: \"extra.weight\"", "size mismatch for head.5"):
         assert words in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
