@@ -127,7 +127,7 @@ def group(x, order, clusters):
     x, l = sort(x, order), order.shape[-1]  # Eq. 3: Q*, K*, V*
     c = min(clusters, l)
     m, longer = l // c, l % c
-    parts = x.split([longer * (m + 1), (c - longer) * m], dim=2)
+    parts = x.split([longer * (m + 1), l - longer * (m + 1)], dim=2)
     return [rearrange(part, "b n (c m) d -> (b c) n m d", m=size)  # Eq. 4
             for part, size in zip(parts, (m + 1, m)) if part.shape[2]]
 
@@ -414,8 +414,8 @@ def load_weights(model, checkpoint, *, new_head=False):
     try:
         deepcopy(model).load_state_dict(given | classifier)  # fails before the model has changed
     except RuntimeError as error:
-        raise ValueError("these are the weights of another model: " + textwrap.shorten(
-            str(error).partition(":")[2], 600, placeholder=" ...")) from None
+        wrong = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:7]]
+        raise ValueError(f"these are the weights of another model: {'; '.join(wrong)}") from None
     model.load_state_dict(given | classifier)
     return bool(classifier)
 
