@@ -73,8 +73,9 @@ class SecViTConfig:
             if dim % heads or self.rope and dim // heads % 4 or self.conv_stem and self.dims[0] % 2:
                 raise ValueError(f"dims {self.dims}, heads {self.heads}: {dim} must divide by "
                                  f"{heads} (4 times that with rope), dims[0] by 2 with conv_stem")
+        numbers = self.num_classes, self.head_width, self.cluster_size, *self.layer_scale
         if not (0 <= self.drop_path < 1 and self.ffn_ratio * min(self.dims) >= 1
-                and min(self.num_classes, self.head_width, self.cluster_size, *self.layer_scale) >= 0):
+                and min(numbers) >= 0):
             raise ValueError(f"a number below 0, drop_path not below 1, or tiny ffn_ratio: {self}")
 
 

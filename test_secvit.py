@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageEnhance, ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import FeaturePyramidNetwork
 
 import secvit
 import train
@@ -70,7 +71,8 @@ def test_ungroup_after_group_is_the_identity(l, clusters):
 def test_group_is_a_gather_and_its_gradient_is_exact():
     x = torch.randn(2, 3, 11, 4, dtype=torch.float64, requires_grad=True)
     order = torch.rand(2, 3, 11).argsort(dim=-1)
-    rows = torch.cat([rearrange(part, "(b c) n m d -> b n (c m) d", b=2) for part in group(x, order, 4)], 2)
+    parts = [rearrange(part, "(b c) n m d -> b n (c m) d", b=2) for part in group(x, order, 4)]
+    rows = torch.cat(parts, dim=2)
     assert torch.equal(rows, x.gather(2, order[..., None].expand_as(x)))
     assert torch.autograd.gradcheck(lambda x: group(x, order, 4), x)
     assert torch.autograd.gradcheck(lambda x: ungroup(group(x, order, 4)[::1], order) ** 2, x)
@@ -199,46 +201,38 @@ def test_gradients_reach_every_parameter():
 COUNTS = {  # parameters; those of the paper's text alone; multiply-adds of the released model, G
     "tiny": (14981800, 13832104, 2.707), "small": (26776104, 25516968, 4.733),
     "base": (54682776, 53223960, 10.370), "large": (96495096, 94883704, 19.326)}
+TOKENS = (3136, 784, 196, 49)  # of each stage at 224x224
 
 
 def products(config):
     """Multiply-adds of QK^T and AV at 224x224: two products of l x l / c x channels, each block."""
-    stages = zip(config.depths, config.dims, config.clusters, (3136, 784, 196, 49))
+    stages = zip(config.depths, config.dims, config.clusters, TOKENS)
     return sum(depth * 2 * l * l // clusters * dim for depth, dim, clusters, l in stages)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_counts_of_the_variants(name):
     parameters, text, released_macs = COUNTS[name]
+    config = VARIANTS[name]
     with torch.device("meta"):
         n, macs, attention = count(create_secvit(name))
-        assert n == parameters
         assert sum(p.numel() for p in create_secvit(name, **PAPER_TEXT).parameters()) == text
-    config = VARIANTS[name]
-    assert attention == products(config)
+    assert (n, attention) == (parameters, products(config))
     # The release has Eq. 3's product with the centre as a matrix product, which a counter sees.
-    center = sum(depth * dim * l for depth, dim, l in zip(config.depths, config.dims, (
-        3136, 784, 196)))
+    center = sum(d * dim * l for d, dim, l in zip(config.depths[:3], config.dims, TOKENS))
     assert abs((macs + center) / 1e9 - released_macs) < 6e-4
 
 
-@pytest.mark.parametrize("changes, parameters, macs", [
-    (dict(conv_stem=False), 14.09, 2.11), (dict(lce=False), 14.89, None),
-    (dict(cpe=False), 14.95 - 0.005, None)])
-def test_counts_of_table_6(changes, parameters, macs):
+def test_counts_of_tables_6_and_7():
     with torch.device("meta"):
-        n, everything, attention = count(create_secvit("tiny", **changes))
-    assert abs(n / 1e6 - parameters) < 6e-3
-    assert macs is None or abs((everything - attention) / 1e9 - macs) < 6e-3
-
-
-def test_counts_of_table_7():
-    table = ((64, 16, 4, 1), (64, 16, 2, 1), (64, 8, 2, 1), (32, 8, 2, 1))
-    with torch.device("meta"):
-        parameters, macs, attention = zip(*(
-            count(create_secvit("small", clusters=clusters)) for clusters in table))
-    assert len({*parameters}) == 1
-    assert list(macs) == sorted({*macs})  # the fewer clusters, the more to multiply
+        stem = count(create_secvit("tiny", conv_stem=False))
+        n = [count(create_secvit("tiny", **{part: False}))[0] for part in ("lce", "cpe")]
+        table = {clusters: count(create_secvit("small", clusters=clusters)) for clusters in (
+            (64, 16, 4, 1), (64, 16, 2, 1), (64, 8, 2, 1), (32, 8, 2, 1))}
+    assert abs(stem[0] / 1e6 - 14.09) < 6e-3 and abs((stem[1] - stem[2]) / 1e9 - 2.11) < 6e-3
+    assert [round(number / 1e6, 2) for number in n] == [14.89, 14.94]
+    parameters, macs, attention = zip(*table.values())
+    assert len({*parameters}) == 1 and list(macs) == sorted({*macs})  # the fewer, the dearer
     assert len({m - a for m, a in zip(macs, attention)}) == 1  # but in attention's products alone
     assert list(attention) == [products(replace(VARIANTS["small"], clusters=c)) for c in table]
 
@@ -246,8 +240,9 @@ def test_counts_of_table_7():
 def test_every_field_changes_the_model():
     base = SecViTConfig(**SMALL, clusters=(8, 4, 2, 1))
     other = dict(depths=(1, 1, 1, 1), dims=(16, 32, 32, 32), heads=(1, 2, 4, 4), ffn_ratio=2,
-                 clusters=(4, 4, 2, 1), cluster_size=3, drop_path=0.9, num_classes=6, in_channels=1, rope=False,
-                 conv_stem=False, cpe=False, lce=False, ffn_conv=False, head_width=0,
+                 clusters=(4, 4, 2, 1), cluster_size=3, drop_path=0.9, num_classes=6,
+                 in_channels=1, rope=False, conv_stem=False, cpe=False, lce=False, ffn_conv=False,
+                 head_width=0,
                  layer_scale=(0, 0, 0, 0.5), stem_gelu=True)
     assert {*other} == {field.name for field in fields(SecViTConfig)}
 
@@ -262,34 +257,20 @@ def test_every_field_changes_the_model():
         assert behaviour(base) != behaviour(replace(base, **{name: value})), name
 
 
-@pytest.mark.parametrize("h, w", [(32, 32), (33, 47), (250, 250), (75, 131), (224, 100)])
+@pytest.mark.parametrize("h, w", [(32, 32), (33, 47), (75, 131), (224, 100)])
 @pytest.mark.parametrize("conv_stem", [True, False])
-def test_any_size_from_32_up(h, w, conv_stem):
-    model = SecViT(SecViTConfig(**SMALL, conv_stem=conv_stem)).eval()
-    with torch.no_grad():
-        maps = model.forward_features(torch.randn(1, 3, h, w))
-    assert list(maps) == ["0", "1", "2", "3"]
-    for i, y in enumerate(maps.values()):
-        stride = 4 * 2**i
-        assert y.shape == (1, SMALL["dims"][i], *(-(-s // stride) if conv_stem else s // stride for s in (h, w)))
-        assert y.isfinite().all()
-
-
-def test_without_classes_it_is_a_backbone_for_an_fpn():
-    from torchvision.ops import FeaturePyramidNetwork
-    model = SecViT(SecViTConfig(**SMALL | dict(num_classes=0)))
+def test_maps_of_any_size_from_32_up_go_into_an_fpn(h, w, conv_stem):
+    model = SecViT(SecViTConfig(**SMALL | dict(num_classes=0), conv_stem=conv_stem)).eval()
     assert not any(name.startswith("head") for name, _ in model.named_parameters())
-    pyramid = torch.nn.Sequential(model, FeaturePyramidNetwork(model.config.dims, 8))
-    shapes = {name: tuple(y.shape) for name, y in pyramid(torch.randn(1, 3, 70, 90)).items()}
-    assert shapes == {"0": (1, 8, 18, 23), "1": (1, 8, 9, 12), "2": (1, 8, 5, 6), "3": (1, 8, 3, 3)}
-
-
-def test_channels_last_and_contiguous_pictures_agree():
-    model = SecViT(SecViTConfig(**SMALL)).eval()
-    x = torch.randn(2, 3, 64, 96)
-    torch.testing.assert_close(model(x), model(x.to(memory_format=torch.channels_last)))
-    assert all(y.is_contiguous(memory_format=torch.channels_last)
-               for y in model.forward_features(x).values())
+    x = torch.randn(1, 3, h, w)
+    maps = model(x)
+    for i, (name, y) in enumerate(maps.items()):
+        sides = (-(-side // (4 * 2**i)) if conv_stem else side // (4 * 2**i) for side in (h, w))
+        assert name == str(i) and y.shape == (1, SMALL["dims"][i], *sides) and y.isfinite().all()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), maps)
+    pyramid = FeaturePyramidNetwork(SMALL["dims"], 8)(maps)
+    assert [p.shape[2:] for p in pyramid.values()] == [y.shape[2:] for y in maps.values()]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
@@ -315,14 +296,15 @@ ONE = dict(depths=(1,), dims=(16,), heads=(2,), clusters=(4,), layer_scale=(0,),
 def test_exported_models_take_any_batch_and_sides_in_multiples_of_32():
     model, sides = SecViT(SecViTConfig(**ONE)).eval(), torch.export.Dim("sides", min=1, max=8)
     free = ({0: torch.export.Dim("batch", min=1, max=64), 2: 32 * sides, 3: 32 * sides},)
-    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=free).module()
+    x = torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=free).module()
     for shape in ((1, 3, 64, 64), (3, 3, 96, 96)):
         x = torch.randn(shape)
         torch.testing.assert_close(exported(x), model(x))
 
 
 def test_one_graph_for_each_picture_size_agrees_with_eager():
-    """Sizes that torch would make free, which takes minutes, stay fixed: three sizes, three graphs."""
+    """Sizes stay fixed, since a graph with free ones takes too long to build."""
     graphs, model = torch._dynamo.testing.CompileCounter(), SecViT(SecViTConfig(**ONE)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
     for h, w, number in ((64, 64, 1), (50, 64, 2), (96, 33, 3), (50, 64, 3)):
@@ -418,36 +400,38 @@ def test_what_cannot_be_is_a_value_error_of_one_line(make, words):
 
 def released_shapes(config):
     """{key: shape} of the authors' checkpoint."""
+    shapes, dims = {}, config.dims
+
     def conv(name, outputs, inputs, kernel):
-        return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
+        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
+        shapes[f"{name}.bias"] = (outputs,)
 
-    def bn(name, dim):
-        parts = ("weight", "bias", "running_mean", "running_var")
-        return {f"{name}.{part}": (dim,) for part in parts} | {f"{name}.num_batches_tracked": ()}
-
-    dims, shapes = config.dims, {}
-    for i, (inputs, outputs) in enumerate(zip(
-            (3, dims[0] // 2, dims[0] // 2, dims[0] // 2), (dims[0] // 2,) * 3 + (dims[0],))):
-        shapes |= conv(f"patch_embed.proj.{3 * i}", outputs, inputs, 3)
-        shapes |= bn(f"patch_embed.proj.{3 * i + 1}", outputs)
+    def norm(name, dim, statistics=("running_mean", "running_var")):
+        shapes.update({f"{name}.{part}": (dim,) for part in ("weight", "bias", *statistics)})
+        shapes.update({f"{name}.num_batches_tracked": ()} if statistics else {})
+    half = dims[0] // 2
+    for i, (inputs, outputs) in enumerate(((3, half), (half, half), (half, half), (half, dims[0]))):
+        conv(f"patch_embed.proj.{3 * i}", outputs, inputs, 3)
+        norm(f"patch_embed.proj.{3 * i + 1}", outputs)
     for i, dim in enumerate(dims):
         shapes[f"layers.{i}.RoPE.angle"] = (dim // config.heads[i] // 2,)
-        for j in range(config.depths[i]):
-            name = f"layers.{i}.blocks.{j}"
+        for name in (f"layers.{i}.blocks.{j}" for j in range(config.depths[i])):
             for key, outputs, inputs, kernel in (
                     ("attn.qkv", 3 * dim, dim, 1), ("attn.lepe", dim, 1, 5), ("pos", dim, 1, 3),
                     ("attn.out_proj", dim, dim, 1), ("ffn.fc1", 3 * dim, dim, 1),
                     ("ffn.fc2", dim, 3 * dim, 1), ("ffn.dwconv", 3 * dim, 1, 3)):
-                shapes |= conv(f"{name}.{key}", outputs, inputs, kernel)
-            for key in ("norm1.norm", "norm2.norm"):
-                shapes |= {f"{name}.{key}.weight": (dim,), f"{name}.{key}.bias": (dim,)}
+                conv(f"{name}.{key}", outputs, inputs, kernel)
+            norm(f"{name}.norm1.norm", dim, ())
+            norm(f"{name}.norm2.norm", dim, ())
             if config.layer_scale[i]:
-                shapes |= {f"{name}.gamma_{g}": (1, dim, 1, 1) for g in (1, 2)}
+                shapes.update({f"{name}.gamma_{g}": (1, dim, 1, 1) for g in (1, 2)})
         if i < 3:
-            shapes |= conv(f"layers.{i}.downsample.reduction", dims[i + 1], dim, 3)
-            shapes |= bn(f"layers.{i}.downsample.norm", dims[i + 1])
-    return (shapes | conv("proj", 1024, dims[-1], 1) | bn("norm", 1024)
-            | conv("head", config.num_classes, 1024, 1))
+            conv(f"layers.{i}.downsample.reduction", dims[i + 1], dim, 3)
+            norm(f"layers.{i}.downsample.norm", dims[i + 1])
+    conv("proj", 1024, dims[-1], 1)
+    norm("norm", 1024)
+    conv("head", config.num_classes, 1024, 1)
+    return shapes
 
 
 def released_weights(config):
@@ -642,15 +626,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, whole, tmp_path, monk
     step = train.train_step
     monkeypatch.setattr(train, "train_step", interrupted)
     assert not train.main(arguments(folder, tmp_path))
-    assert last(tmp_path)["state"]["step"] == steps
+    assert last(tmp_path)["state"]["step"] == steps and not same(weights(tmp_path), weights(whole))
     monkeypatch.undo()
     assert not train.main(resume(tmp_path))
     assert same(weights(tmp_path), weights(whole))
-
-
-def test_same_tells_weights_apart(whole):
-    assert same(weights(whole), weights(whole))
-    assert not same(weights(whole), weights(whole) | dict(model=weights(whole)["ema"]))
 
 
 TWO = """
@@ -741,32 +720,23 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, capsys, monkeypatch, name, conte
     ("--set drop_path=2", "drop_path"), ("--set heads=3,3,3,3", "dims"),
     ("--micro 1", "use a larger --micro"), ("--set in_channels=1", "(batch of 1 or more, 1,"),
     ("--eval", "--eval needs --weights"), ("--resume", "--resume needs --out"),
-    ("--resume --out nowhere", "nowhere holds no run")])
+    ("--resume --out nowhere", "nowhere/config.json cannot be read: No such file")])
 def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert words in refused(arguments.split(), capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_input_ends_a_real_process_with_2_and_no_traceback(tmp_path):
-    run = subprocess.run([sys.executable, HERE / "train.py", "--model", "huge"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert "'huge'" in run.stderr
-
-
-@pytest.mark.parametrize("what, words", [("no val", "val"), ("empty class", "blue"),
-                                         ("other classes", "green")])
-def test_bad_folders_are_one_line(folder, tmp_path, capsys, what, words):
-    shutil.copytree(folder, tmp_path / "data")
-    if what == "no val":
-        shutil.rmtree(tmp_path / "data" / "val")
-    elif what == "empty class":
-        for file in (tmp_path / "data" / "train" / "blue").iterdir():
-            file.unlink()
-    else:
-        (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "green")
-    assert words in refused(arguments(tmp_path / "data", tmp_path / "run"), capsys)
+@pytest.mark.parametrize("old, new, words", [
+    ("val", "test", "val"), ("train/blue", "blue", "green"), ("val/red", "val/pink", "pink"),
+    ("train/green/0.png", "0.png", "green")])
+def test_bad_folders_are_one_line(folder, tmp_path, capsys, old, new, words):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "train" / "green").mkdir()
+    shutil.copy(folder / "train" / "red" / "0.png", data / "train" / "green")
+    (data / old).rename(data / new)
+    assert words in refused(arguments(data, tmp_path / "run"), capsys)
 
 
 def test_a_folder_that_has_a_run_is_refused_and_left_alone(folder, whole, capsys):
@@ -783,28 +753,18 @@ def test_a_run_of_another_model_cannot_be_resumed(whole, tmp_path, capsys):
     torch.save(state, tmp_path / "run" / "last.pt")
     assert "weights of another model" in refused(resume(tmp_path / "run"), capsys)
     (tmp_path / "run" / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:5000])
-    assert "last.pt cannot be read as a checkpoint" in refused(resume(tmp_path / "run"), capsys)
+    assert "last.pt cannot be read" in refused(resume(tmp_path / "run"), capsys)
 
 
-def test_ten_thousand_command_lines_never_give_a_traceback(monkeypatch, tmp_path):
+def test_ten_thousand_command_lines_never_give_a_traceback(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     random, accepted = np.random.RandomState(0), 0
-    names = ["--" + name.replace("_", "-") for name in train.RECIPE] + [
-        "--model", "--set", "--data", "--out", "--weights", "--resume", "--eval", "--amp",
-        "--workers", "--compile", "--no-compile", "-x", "--", ""]
-    values = ["0", "1", "-1", "3.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 400, "tiny",
-              "huge", "", " ", "\0", "é", "a=b", "=", "drop_path=nan", "dims=8", "depths=()",
-              "heads=[1,2", "clusters=0,0,0,0", "lce=None", "ffn_ratio='x'", "dims=1,2,3,4",
-              "layer_scale=(1,)*4", "num_classes=-3", "in_channels=1e9", "depths=1.5,1,1,1",
-              "clusters=64,16,4,1", "drop_path=0.2", "digits", "bf16", "cpu", "--", "()" * 200]
-
-    class Refused(Exception):
-        pass
-
-    def refuse(message):
-        assert message
-        raise Refused
-    monkeypatch.setattr(train.PARSER, "error", refuse)
+    names = [*train.PARSER._option_string_actions, "-x", "--", ""]
+    names = [name for name in names if name not in ("-h", "--help")]
+    values = ["0", "1", "-1", "3.5", "nan", "inf", "1e400", "1e-400", "9" * 400, "tiny", "huge", "",
+              " ", "\0", "é", "a=b", "=", "drop_path=nan", "dims=8", "depths=()", "heads=[1,2",
+              "lce=None", "ffn_ratio='x'", "dims=1,2,3,4", "layer_scale=(1,)*4", "num_classes=-3",
+              "in_channels=1e9", "clusters=64,16,4,1", "digits", "bf16", "()" * 200]
     for _ in range(10000):
         words = []
         for _ in range(random.randint(1, 4)):
@@ -813,8 +773,10 @@ def test_ten_thousand_command_lines_never_give_a_traceback(monkeypatch, tmp_path
         try:
             train.model_config(train.choose(words), 10)
             accepted += 1
-        except (Refused, ValueError):  # the two that `prepare` turns into a line
+        except ValueError:  # `prepare` turns it into a line
             pass
+        except SystemExit as end:
+            assert end.code == 2
     assert accepted > 100
 
 
@@ -835,15 +797,9 @@ def test_the_recipe_is_the_default_of_a_folder():
     assert math.isclose(half["lr"], 5e-4) and math.isclose(half["ema"], 0.99996)
     assert recipe("--batch", "512", "--lr", "0.002")["lr"] == 0.002
     assert [VARIANTS[name].drop_path for name in VARIANTS] == [0.1, 0.15, 0.4, 0.5]
-
-
-def test_learning_rate_of_the_recipe():
-    def cosine(epoch):
-        return 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * epoch / 300))
-    expected = {0: 1e-6, 1: 1e-6 + 999e-6 / 5, 5: cosine(5), 150: 5.05e-4, 299: cosine(299)}
-    for epoch, rate in expected.items():
-        assert math.isclose(train.learning_rate(epoch, recipe()), rate, rel_tol=1e-9)
-    assert cosine(5) > 0.999e-3 and cosine(299) < 1.01e-5
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 300)) / 2 for t in range(300)]
+    for epoch, rate in {0: 1e-6, 1: 1e-6 + 999e-6 / 5, 5: cosine[5], 299: cosine[299]}.items():
+        assert math.isclose(train.learning_rate(epoch, options), rate, rel_tol=1e-9)
 
 
 def built(**changes):
@@ -877,21 +833,15 @@ def test_average_of_weights_is_the_closed_form_with_the_statistics_of_bn():
     assert not parts["ema"].training
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_targets_mix_as_the_pictures_do(name):
-    mix = train.make_mix(recipe() | dict(mixup=0, cutmix=0) | {name: 1.0}, 8)
-    constant = torch.arange(8.0)[:, None, None, None]
-    mixed, targets = mix(constant.expand(8, 3, 64, 64), torch.arange(8))
-    torch.testing.assert_close(mixed[:, 0].mean((1, 2)), targets @ torch.arange(8.0))
-    torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    assert len({*targets.amax(1).tolist()}) == 1 and targets.max() < 1  # one lambda a batch
-
-
-def test_mixup_and_cutmix_have_half_of_the_batches_each():
-    mix, blends = train.make_mix(recipe(), 2), 0
-    pictures = torch.arange(2.0)[:, None, None, None].expand(2, 3, 32, 32)
+def test_mixup_and_cutmix_have_half_of_the_batches_each_and_targets_mix_as_the_pictures_do():
+    mix, blends = train.make_mix(recipe(), 8), 0
+    constant = torch.arange(8.0)[:, None, None, None].expand(8, 3, 32, 32)
     for _ in range(400):  # CutMix of two constants has two values
-        blends += len(mix(pictures, torch.arange(2))[0][0, 0].unique()) == 1
+        mixed, targets = mix(constant, torch.arange(8))
+        blends += len(mixed[0, 0].unique()) == 1
+        torch.testing.assert_close(mixed[:, 0].mean((1, 2)), targets @ torch.arange(8.0))
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        assert len({*targets.amax(1).tolist()}) == 1  # one lambda a batch
     assert abs(blends - 200) < 4.5 * math.sqrt(400 / 4)
 
 
@@ -950,10 +900,10 @@ def test_randaugment_draws_as_the_recipe_does(monkeypatch):
     monkeypatch.setattr(train, "OPERATIONS", {
         name: lambda img, u, name=name: drawn.append((name, u)) or img
         for name in train.OPERATIONS})
-    augment, untouched, pictures = train.RandAugment(9.0), 0, 4000
+    untouched, pictures = 0, 4000
     for _ in range(pictures):
         before = len(drawn)
-        augment(None)
+        train.rand_augment(None, 9.0)
         untouched += len(drawn) == before
     def near(count, p, n):
         return abs(count - n * p) < 4.5 * math.sqrt(n * p * (1 - p))
@@ -1101,8 +1051,8 @@ def test_a_signal_saves_in_mid_epoch_and_says_how_to_go_on(folder, whole, tmp_pa
     assert process.exitcode == 0 and "Traceback" not in said
     assert f"python train.py --resume --out {out}" in said
     assert last(out)["state"]["step"] in (3, 4, 5)
-    lines = [line.split()[:2] for line in said.splitlines()]  # in a file no bar, but a line an epoch
-    assert lines[2] == ["epoch", "1"] and len(lines) < 6 and "\r" not in said
+    lines = said.splitlines()  # in a file there is no bar, but a line for each epoch
+    assert lines[2].startswith("epoch 1 ") and len(lines) < 6 and "\r" not in said
     assert not train.main([*resume(out), "--workers", "0"])
     assert same(weights(out), weights(whole))
 
@@ -1132,7 +1082,11 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_a_dead_rank_restarts_and_two_agents_are_one_job(folder, tmp_path):
-    """Two processes of one agent that lose one on the way, and two agents of a process each."""
+    """Two processes of one agent that lose one on the way, and two agents of a process each.
+
+    A third job has bad input: one line of ours, whatever torchrun reports below it.
+    """
+    bad = torchrun("--standalone", "--nproc_per_node=2", HERE / "train.py", "--batch", "3")
     (tmp_path / "dying.py").write_text(DYING)
     one = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "dying.py",
                    *arguments(folder, tmp_path / "restarted", model=EXACT))
@@ -1143,18 +1097,13 @@ def test_a_dead_rank_restarts_and_two_agents_are_one_job(folder, tmp_path):
                f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost", HERE / "train.py",
                *arguments(folder, tmp_path / "agents", model=EXACT)]
     agents = [torchrun(*command) for _ in range(2)]
-    said, *outputs = [job.communicate()[0] for job in (one, *agents)]
+    refusal, said, *outputs = [job.communicate()[0] for job in (bad, one, *agents)]
+    assert bad.returncode and refusal.count("--batch 3 must divide by 2 processes") == 1
+    assert 'train.py", line' not in refusal
     assert one.returncode == 0 and said.count("epoch 1 ") == said.count("epoch 3 ") == 1, said
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert "2 process(es)" in "".join(outputs)
     assert same(weights(tmp_path / "restarted"), weights(tmp_path / "agents"))
-
-
-def test_bad_input_of_a_job_is_one_line_of_ours(tmp_path):
-    job = torchrun("--standalone", "--nproc_per_node=2", HERE / "train.py", "--batch", "3")
-    said = job.communicate()[0]
-    assert job.returncode and said.count("--batch 3 must divide by 2 processes") == 1
-    assert "train.py\", line" not in said  # torchrun's own report has a traceback, ours none
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -1256,7 +1205,7 @@ def run_notebook(path, folder):
 def running(tmp_path_factory, request):
     """The notebooks of this session, two at a time, beside the other tests."""
     chosen = {item.callspec.params["path"] for item in request.session.items
-              if item.originalname == "test_a_notebook_runs_and_its_exercises_tell_right_from_wrong"}
+              if item.originalname == "test_a_notebook_runs_and_its_exercises_tell_right_answers"}
     pool = ProcessPoolExecutor(2, mp_context=FORK)
     yield {path: pool.submit(run_notebook, path, tmp_path_factory.mktemp(path.stem))
            for path in LONGEST_FIRST if path in chosen}
@@ -1285,5 +1234,5 @@ def test_a_notebook_is_stored_clean(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_its_exercises_tell_right_from_wrong(path, running):
+def test_a_notebook_runs_and_its_exercises_tell_right_answers(path, running):
     running[path].result()

@@ -29,6 +29,7 @@ import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def choose(argv):
         if "out" not in given or given.keys() - FREE:
             raise ValueError("--resume needs --out, and has the other options from the run itself; "
                              f"beside it may stand --{', --'.join(sorted(FREE - {'resume'}))}")
-        return options_of(given["out"]) | given
+        return load(Path(given["out"], "config.json")) | given
     if given.get("eval") and "weights" not in given:
         raise ValueError("--eval needs --weights, a checkpoint")
     trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
@@ -220,19 +221,14 @@ OPERATIONS = {  # of RandAugment: a picture at strength u, which is 0 to 1 with 
 }
 
 
-class RandAugment:
+def rand_augment(img, magnitude):
     """RandAugment m9-mstd0.5-inc1 on RGB PIL pictures: two operations, each done half the time."""
-
-    def __init__(self, magnitude):
-        self.magnitude = magnitude
-
-    def __call__(self, img):
-        for number in torch.randint(len(OPERATIONS), (2,)).tolist():
-            level = self.magnitude + 0.5 * torch.randn(()).item()
-            skip, negative = (torch.rand(2) < 0.5).tolist()
-            u = min(max(level / 10, 0), 1) * (-1 if negative else 1)
-            img = img if skip else list(OPERATIONS.values())[number](img, u)
-        return img
+    for number in torch.randint(len(OPERATIONS), (2,)).tolist():
+        u = min(max((magnitude + 0.5 * torch.randn(()).item()) / 10, 0), 1)
+        skip, negative = (torch.rand(2) < 0.5).tolist()
+        if not skip:
+            img = list(OPERATIONS.values())[number](img, -u if negative else u)
+    return img
 
 
 def transforms(options):
@@ -241,7 +237,8 @@ def transforms(options):
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
               v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     crop = v2.RandomResizedCrop(size, scale=(options["min_crop"], 1), interpolation=cubic)
-    augment = [RandAugment(options["rand_augment"])] if options["rand_augment"] else []
+    augment = ([partial(rand_augment, magnitude=options["rand_augment"])]
+               if options["rand_augment"] else [])
     erase = v2.RandomErasing(options["erasing"], (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
     resize = v2.Resize(round(size / options["center"]), cubic)
     return (v2.Compose([crop, v2.RandomHorizontalFlip(options["flip"]), *augment, *tensor, erase]),
@@ -326,12 +323,16 @@ def loaders(train_set, val_set, options, start=0):
 # --------------------------------------------------------------------------------- files of a run
 
 
-def write(path, data):
-    """Writes the whole file or leaves the one that was there."""
-    temporary = path.with_name(path.name + ".tmp")
+def save(path, content):
+    """Writes the states of a checkpoint, or text: the whole file, or the old one stays."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)  # straight to the file, a full disk would be an obscure error
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -341,27 +342,14 @@ def write(path, data):
                  f"intact. Make room, then: {resume_command(path.parent)}")
 
 
-def save(path, states):
-    buffer = io.BytesIO()
-    torch.save(states, buffer)  # straight to the file, a full disk would be an obscure error
-    write(path, buffer.getbuffer())
-
-
 def load(path):
-    """The dict in a checkpoint file, or a ValueError."""
+    """The dict in a checkpoint, or in config.json. ValueError for any other file, or none."""
     try:
-        return {} | read_checkpoint(path)
+        return {} | (json.loads(path.read_text()) if str(path).endswith(".json")
+                     else read_checkpoint(path))
     except Exception as error:  # what a damaged file can raise is not documented
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}")
-
-
-def options_of(out):
-    """What config.json of a run holds, or a ValueError."""
-    try:
-        return json.loads(Path(out, "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out {out} holds no run to go on with: {error}")
+        raise ValueError(f"{path} cannot be read: {reason}")
 
 
 def resume_command(out):
@@ -378,7 +366,7 @@ def find_folder(options):
     number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
     before = {"out": f"runs/{number - 1}"} | options
     config = Path(before["out"], "config.json")
-    again = ATTEMPT and config.exists() and options_of(config.parent) == before
+    again = ATTEMPT and config.exists() and load(config) == before
     options["out"] = before["out"] if again else options.get("out", f"runs/{number}")
     return again or options.get("resume", False)
 
@@ -494,7 +482,7 @@ def save_run(out, parts, state):
                      f"lower --lr or use --amp off. {out} keeps the last good checkpoint")
         save(out / "last.pt", dict(state=state, **{k: p.state_dict() for k, p in parts.items()}))
         lines = "".join(json.dumps(line) + "\n" for line in state["history"])
-        write(out / "log.jsonl", lines.encode())
+        save(out / "log.jsonl", lines)
 
 
 def end_epoch(parts, state, options, config, val, device, **record):
@@ -519,13 +507,13 @@ def train(options, config, states, train_set, val_set, device):
     """From the step of the checkpoint to the end of the run, or to a signal."""
     out, steps = Path(options["out"]), max(1, len(train_set) // options["batch"])
     state = states.get("state", dict(step=0, loss=0.0, history=[]))  # what changes beside the parts
-    parts, last, began, first = (build(options, config, states, device), options["epochs"] * steps,
-                                 time.monotonic(), state["step"])
+    parts, last = build(options, config, states, device), options["epochs"] * steps
     forward = parts["model"] if WORLD == 1 else DistributedDataParallel(
         parts["model"], [device] if device.type == "cuda" else None)
     forward = torch.compile(forward) if options["compile"] else forward
-    loader, val, turns = loaders(train_set, val_set, options, first)
+    loader, val, turns = loaders(train_set, val_set, options, state["step"])
     mix, batches = make_mix(options, config.num_classes), iter(loader)
+    began, first, started = time.monotonic(), state["step"], time.monotonic()
     bar = tqdm(total=last, initial=first, unit="img", unit_scale=options["batch"], leave=False,
                disable=RANK > 0 or not sys.stderr.isatty())
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -556,15 +544,19 @@ def train(options, config, states, train_set, val_set, device):
             speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
             end_epoch(parts, state, options, config, val, device, epoch=state["step"] // steps,
                       loss=state["loss"] / steps, lr=rate, images_per_s=round(speed, 1))
+            began, first = time.monotonic(), state["step"]
     best = max(state["history"], key=lambda record: record["top1"])
     print(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {options['epochs']}, "
-          f"{out / 'best.pt'}; {(time.monotonic() - began) / 60:.1f} minutes")
+          f"{out / 'best.pt'}; {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 def main(argv):
     if WORLD > 1:  # a group that was restarted must not meet the addresses of the dead one
         store = dist.PrefixStore(f"attempt {ATTEMPT}", next(dist.rendezvous("env://"))[0])
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
+    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     sys.stdout.reconfigure(line_buffering=True)
     try:
@@ -577,7 +569,6 @@ def main(argv):
         if prepared == [None]:
             return 2  # rank 0 has said why
         options, config, states, train_set, val_set = prepared[0]
-        device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
         if options.get("eval"):
             model = build(options, config, states, device)["model"]
             accuracy = evaluate(model, loaders(train_set, val_set, options)[1], options, device)
