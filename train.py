@@ -559,6 +559,7 @@ def main(argv):
         torch.cuda.set_device(device)
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     sys.stdout.reconfigure(line_buffering=True)
+    strangers = {*multiprocessing.active_children()}
     try:
         prepared = [None]
         try:
@@ -578,7 +579,7 @@ def main(argv):
               f"{config.num_classes} classes; {WORLD} process(es) on {device.type}")
         return train(options, config, states, train_set, val_set, device)
     finally:
-        for worker in multiprocessing.active_children():
+        for worker in {*multiprocessing.active_children()} - strangers:
             worker.kill()  # they ignore SIGTERM, and have nothing to save
         if WORLD > 1:
             dist.destroy_process_group()
