@@ -632,6 +632,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, whole, tmp_path, monk
     monkeypatch.undo()
     assert not train.main(resume(tmp_path))
     assert same(weights(tmp_path), weights(whole))
+    assert "resume" not in train.choose(["--eval", "--weights", str(tmp_path / "best.pt")])
 
 
 TWO = """

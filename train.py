@@ -119,8 +119,8 @@ def choose(argv):
     if given.get("eval") and "weights" not in given:
         raise ValueError("--eval needs --weights, a checkpoint")
     trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
-    if not given.get("eval"):  # a new run takes over the model alone
-        trained = {name: trained[name] for name in ("model", "set") if name in trained}
+    wanted = trained.keys() - FREE if given.get("eval") else {"model", "set"}
+    trained = {name: trained[name] for name in trained.keys() & wanted}
     recipe = {name: value for name, (value, *_) in RECIPE.items()}
     preset = recipe | DATA.get(given.get("data", trained.get("data", "digits")), [{}])[0]
     cuda = torch.cuda.is_available()
@@ -309,7 +309,8 @@ def loaders(train_set, val_set, options, start=0):
     turns = math.ceil(options["batch"] / WORLD / options["micro"])
     workers = options["workers"]
     if workers < 0:
-        workers = max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = max(1, cores // LOCAL_WORLD)
     common = dict(num_workers=workers, pin_memory=torch.cuda.is_available(),
                   persistent_workers=workers > 0, worker_init_fn=leave_signals)
     for_training, for_evaluation = transforms(options)
