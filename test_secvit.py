@@ -1,6 +1,5 @@
 """Properties of secvit.py, train.py and the notebooks, one a test. `pytest` runs all of them."""
 
-import ast
 import copy
 import json
 import math
@@ -32,7 +31,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
-import secvit
 import train
 from secvit import (PAPER_TEXT, SECA, VARIANTS, SecViT, SecViTConfig, cluster_labels,
                     cluster_order, count, create_secvit, group, load_weights, rotate, rotation,
