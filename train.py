@@ -106,6 +106,7 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, ATTEMPT = (  # torchrun sets these; withou
     int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
         ("TORCHELASTIC_RESTART_COUNT", 0)))
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
 def choose(argv):
@@ -113,28 +114,28 @@ def choose(argv):
     given = vars(PARSER.parse_args(argv))
     if given.get("resume"):
         if "out" not in given or given.keys() - FREE:
-            raise ValueError("--resume needs --out, and has the other options from the run itself; "
-                             f"beside it may stand --{', --'.join(sorted(FREE - {'resume'}))}")
-        return load(Path(given["out"], "config.json")) | given
+            raise ValueError(f"--resume needs --out; of the other options only {sorted(FREE)} may "
+                             "stand beside it, since the run has its own")
+        return load(Path(given["out"], "last.pt"))["options"] | given
     if given.get("eval") and "weights" not in given:
         raise ValueError("--eval needs --weights, a checkpoint")
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    options = dict(model="tiny", set=[], data="digits", compile=False,
+                   amp=half if DEVICE.type == "cuda" else "off")
     trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
-    wanted = trained.keys() - FREE if given.get("eval") else {"model", "set"}
-    trained = {name: trained[name] for name in trained.keys() & wanted}
+    kept = {"model", "set"} | ({"data", "size", "center"} if given.get("eval") else set())
+    options |= {name: trained[name] for name in kept & trained.keys()} | given
     recipe = {name: value for name, (value, *_) in RECIPE.items()}
-    preset = recipe | DATA.get(given.get("data", trained.get("data", "digits")), [{}])[0]
-    cuda = torch.cuda.is_available()
-    amp = "off" if not cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    defaults = dict(model="tiny", set=[], data="digits", amp=amp, compile=False)
-    options = defaults | preset | trained | given
+    recipe |= DATA.get(options["data"], [{}])[0]
+    scale = options.get("batch", recipe["batch"]) / recipe["batch"]
+    recipe["lr"] *= scale
+    recipe["ema"] **= scale
+    recipe["warmup"] = min(recipe["warmup"], options.get("epochs", recipe["epochs"]) / 10)
     for name, (_, low, high, _) in RECIPE.items():
-        if not low <= options[name] <= high:
+        if not low <= options.setdefault(name, recipe[name]) <= high:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} {options[name]} is not in {low} to {high}")
-    scale = options["batch"] / preset["batch"]
-    scaled = dict(lr=preset["lr"] * scale, ema=preset["ema"] ** scale,
-                  warmup=min(preset["warmup"], options["epochs"] / 10))
-    return options | {name: value for name, value in scaled.items() if name not in given}
+    return options
 
 
 def model_config(options, classes):
@@ -149,7 +150,7 @@ def model_config(options, classes):
 
 
 def prepare(argv):
-    """What can meet bad input, done by rank 0 alone; all errors end here, in one line.
+    """What can meet bad input, done by rank 0 before the others join; all errors end here.
 
     Returns the options, the configuration, the states to start from, the pictures to train on and
     those to evaluate. A new run claims its folder last, when all else is known to be right.
@@ -163,19 +164,25 @@ def prepare(argv):
         smallest = share // math.ceil(share / options["micro"])  # batch that a process takes
         with torch.device("meta"):  # shapes without numbers: batch norm needs more than one
             SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
-        resumed, states = find_folder(options), {}
-        last = Path(options["out"], "last.pt")
-        start = last if resumed and last.exists() else options.get("weights")
+        number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
+        before = {"out": f"runs/{number - 1}"} | options  # if torchrun starts the run again
+        last = Path(before["out"], "last.pt")
+        if ATTEMPT and last.exists() and load(last)["options"] == before:
+            options = before | dict(resume=True)
+        options = {"out": f"runs/{number}"} | options
+        last, new = Path(options["out"], "last.pt"), not options.get("resume")
+        states = {} if new else load(last)
+        start = last if "model" in states else options.get("weights")
         if start:
             seed_all(options["seed"])  # a new classifier's weights, too, follow from the options
-            model, checkpoint = SecViT(config), load(start)
-            fresh = load_weights(model, checkpoint, new_head=not options.get("eval"))
+            model, new_head = SecViT(config), start != last and not options.get("eval")
+            fresh = load_weights(model, load(start), new_head=new_head)
             print(f"weights from {start}" + fresh * f"; the classifier is a new one, for {classes}")
-            states = checkpoint if start == last else dict(model=model.state_dict())
-        if not resumed and not options.get("eval"):
+            states.setdefault("model", model.state_dict())
+        if new and not options.get("eval"):
             last.parent.mkdir(parents=True, exist_ok=True)
-            with open(last.parent / "config.json", "x") as file:  # fails where a run is already
-                json.dump(options, file, indent=1)
+            with open(last, "xb") as file:  # fails where a run is already
+                torch.save(dict(options=options), file)
         return options, config, states, train_set, val_set
     except FileExistsError:
         PARSER.error(f"--out {options['out']} has a run already: choose another folder, or go on "
@@ -223,7 +230,7 @@ OPERATIONS = {  # of RandAugment: a picture at strength u, which is 0 to 1 with 
 
 def rand_augment(img, magnitude):
     """RandAugment m9-mstd0.5-inc1 on RGB PIL pictures: two operations, each done half the time."""
-    for number in torch.randint(len(OPERATIONS), (2,)).tolist():
+    for number in torch.randint(len(OPERATIONS), (2,)).tolist() if magnitude else ():
         u = min(max((magnitude + 0.5 * torch.randn(()).item()) / 10, 0), 1)
         skip, negative = (torch.rand(2) < 0.5).tolist()
         if not skip:
@@ -231,18 +238,23 @@ def rand_augment(img, magnitude):
     return img
 
 
-def transforms(options):
-    """From a PIL picture to a normalised tensor (3 size size): for training, for evaluation."""
+def transforms(options, classes):
+    """For a PIL picture in training and in evaluation, to (3 size size); for a batch in training.
+
+    The last is Mixup, CutMix or neither: pictures, labels (b) -> pictures, labels (b [classes]).
+    """
     size, cubic = options["size"], InterpolationMode.BICUBIC
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
               v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     crop = v2.RandomResizedCrop(size, scale=(options["min_crop"], 1), interpolation=cubic)
-    augment = ([partial(rand_augment, magnitude=options["rand_augment"])]
-               if options["rand_augment"] else [])
+    augment = v2.Lambda(partial(rand_augment, magnitude=options["rand_augment"]))
     erase = v2.RandomErasing(options["erasing"], (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
     resize = v2.Resize(round(size / options["center"]), cubic)
-    return (v2.Compose([crop, v2.RandomHorizontalFlip(options["flip"]), *augment, *tensor, erase]),
-            v2.Compose([resize, v2.CenterCrop(size), *tensor]))
+    mixes = [make(alpha=options[name], num_classes=classes)
+             for name, make in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if options[name]]
+    return (v2.Compose([crop, v2.RandomHorizontalFlip(options["flip"]), augment, *tensor, erase]),
+            v2.Compose([resize, v2.CenterCrop(size), *tensor]),
+            v2.RandomChoice(mixes) if mixes else v2.Identity())
 
 
 class Pictures(Dataset):
@@ -257,8 +269,8 @@ class Pictures(Dataset):
             picture, label = self.source[key[0]]
             return self.transform(picture.convert("RGB")), label
         except Exception as error:  # what a damaged picture can raise is not documented
-            name = getattr(self.source, "samples", {key[0]: [f"picture {key[0]}"]})[key[0]][0]
-            raise OSError(" ".join(f"{name} cannot be read: {error}".split()))
+            name = self.source.samples[key[0]][0] if hasattr(self.source, "samples") else key[0]
+            raise OSError(" ".join(f"picture {name} cannot be read: {error}".split()))
 
 
 def load_pictures(data):
@@ -304,33 +316,28 @@ def schedule(pictures, options, start=0, turns=1):
                    for place in places[:: turns * WORLD]]
 
 
-def loaders(train_set, val_set, options, start=0):
-    """Batches from step `start` to the end of the run, batches to evaluate, turns in a step."""
+def loaders(train_set, val_set, options, classes, start=0):
+    """Batches from step `start` on, turns in a step, the mixing of a batch; evaluation's batches."""
     turns = math.ceil(options["batch"] / WORLD / options["micro"])
-    workers = options["workers"]
-    if workers < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = max(1, cores // LOCAL_WORLD)
-    common = dict(num_workers=workers, pin_memory=torch.cuda.is_available(),
-                  persistent_workers=workers > 0, worker_init_fn=leave_signals)
-    for_training, for_evaluation = transforms(options)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = options["workers"] if options["workers"] >= 0 else max(1, cores // LOCAL_WORLD)
+    common = dict(num_workers=workers, pin_memory=DEVICE.type == "cuda",
+                  persistent_workers=workers > 0, worker_init_fn=catch_signals)
+    for_training, for_evaluation, mix = transforms(options, classes)
     mine = [(index,) for index in range(RANK, len(val_set), WORLD)]  # none counts twice
     return (DataLoader(Pictures(train_set, for_training), **common,
-                       batch_sampler=schedule(len(train_set), options, start, turns)),
+                       batch_sampler=schedule(len(train_set), options, start, turns)), turns, mix,
             DataLoader(Pictures(val_set, for_evaluation), sampler=mine,
-                       batch_size=options["micro"], **common), turns)
+                       batch_size=options["micro"], **common))
 
 
 # --------------------------------------------------------------------------------- files of a run
 
 
-def save(path, content):
-    """Writes the states of a checkpoint, or text: the whole file, or the old one stays."""
+def save(path, write):
+    """What write(file) writes: the whole file, or the old one stays."""
     temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        torch.save(content, buffer)  # straight to the file, a full disk would be an obscure error
+    write(buffer)  # torch.save straight to a full disk would be an obscure error
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -344,10 +351,9 @@ def save(path, content):
 
 
 def load(path):
-    """The dict in a checkpoint, or in config.json. ValueError for any other file, or none."""
+    """The dict in a checkpoint. ValueError for any other file, or none."""
     try:
-        return {} | (json.loads(path.read_text()) if str(path).endswith(".json")
-                     else read_checkpoint(path))
+        return {} | read_checkpoint(path)
     except Exception as error:  # what a damaged file can raise is not documented
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}")
@@ -358,36 +364,22 @@ def resume_command(out):
     return f"{start} {shlex.quote(sys.argv[0])} --resume --out {shlex.quote(str(out))}"
 
 
-def find_folder(options):
-    """Sets options["out"] if it is not there; returns whether the folder's run goes on.
-
-    It does by --resume, or when torchrun starts the processes of a run again: then the folder, or
-    the newest one in runs, holds a run with just these options.
-    """
-    number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-    before = {"out": f"runs/{number - 1}"} | options
-    config = Path(before["out"], "config.json")
-    again = ATTEMPT and config.exists() and load(config) == before
-    options["out"] = before["out"] if again else options.get("out", f"runs/{number}")
-    return again or options.get("resume", False)
-
-
 # ----------------------------------------------------------------------------------------- training
 
 SIGNALS = []  # when SIGTERM or SIGINT came
 
 
-def on_signal(number, frame):
-    """The first asks for an end before the next step, a second ends the process at once."""
-    SIGNALS.append(time.monotonic())
-    if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
-        os._exit(128 + number)
+def catch_signals(worker=None):
+    """The first asks for an end before the next step, a second ends the process at once.
 
-
-def leave_signals(worker):
-    """Workers go on reading until the process that they serve has taken its last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Workers catch them, too, and go on reading until their process has taken its last step.
+    """
+    def on_signal(number, frame):
+        SIGNALS.append(time.monotonic())
+        if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
+            os._exit(128 + number)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
 
 
 def total(*numbers):
@@ -407,13 +399,13 @@ def learning_rate(epoch, options):
     return low + (peak - low) * (1 + math.cos(math.pi * epoch / options["epochs"])) / 2
 
 
-def build(options, config, states, device):
+def build(options, config, states):
     """The parts of a run, whose states make a checkpoint."""
     seed_all(options["seed"])
     model = SecViT(config)
     model.load_state_dict(states.get("model", model.state_dict()))
-    model = model.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and WORLD > 1:
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    if DEVICE.type == "cuda" and WORLD > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = get_ema_multi_avg_fn(options["ema"])  # of batch norm's statistics, too
     ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
@@ -422,31 +414,24 @@ def build(options, config, states, device):
                        for many in (True, False))  # others: biases, norms and LayerScale
     optimizer = torch.optim.AdamW([dict(params=weights, weight_decay=options["weight_decay"]),
                                    dict(params=others, weight_decay=0.0)], lr=options["lr"])
-    scaler = torch.amp.GradScaler(device.type, enabled=options["amp"] == "fp16")
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=options["amp"] == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     for name in parts.keys() & states.keys():
         parts[name].load_state_dict(states[name])
     return parts
 
 
-def make_mix(options, classes):
-    """Mixup or CutMix, or neither: pictures, labels (b) -> pictures, targets (b classes) or (b)."""
-    mixes = [make(alpha=options[name], num_classes=classes)
-             for name, make in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if options[name]]
-    return v2.RandomChoice(mixes) if mixes else v2.Identity()
-
-
-def train_step(parts, forward, batches, mix, options, step, device):
+def train_step(parts, forward, batches, mix, options, step):
     """Gradients of all turns of a step, then the optimiser's. The mean loss over all pictures."""
     loss_sum = 0.0
     for turn, (pictures, labels) in enumerate(batches):
         seed_all(options["seed"], step, turn, RANK)
-        pictures, labels = (t.to(device, non_blocking=True) for t in (pictures, labels))
+        pictures, labels = (t.to(DEVICE, non_blocking=True) for t in (pictures, labels))
         order = torch.randperm(len(labels))  # v2 mixes neighbours, which could be copies
         pictures, targets = mix(pictures[order], labels[order])
         meet = WORLD == 1 or turn == len(batches) - 1  # processes add their gradients once a step
         with nullcontext() if meet else forward.no_sync():
-            with torch.autocast(device.type, HALF.get(options["amp"]), options["amp"] != "off"):
+            with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
                 logits = forward(pictures)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum",
                                    label_smoothing=options["smoothing"]) / options["batch"]
@@ -462,79 +447,78 @@ def train_step(parts, forward, batches, mix, options, step, device):
 
 
 @torch.no_grad()
-def evaluate(model, loader, options, device):
-    """Top-1 accuracy in %, exact: every process takes its share of the pictures."""
-    model.eval()
-    right = number = 0
+def evaluate(models, loader, options):
+    """Top-1 accuracies in %, exact: every process takes its share of the pictures."""
+    counts = torch.zeros(len(models) + 1, dtype=torch.float64)  # right ones, then all
     for pictures, labels in loader:
-        with torch.autocast(device.type, HALF.get(options["amp"]), options["amp"] != "off"):
-            logits = model(pictures.to(device, non_blocking=True))
-        right += (logits.argmax(1).cpu() == labels).sum().item()
-        number += len(labels)
-    right, number = total(right, number)
-    return 100 * right / number
+        pictures = pictures.to(DEVICE, non_blocking=True)
+        for i, model in enumerate(models):
+            with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
+                logits = model.eval()(pictures)
+            counts[i] += (logits.argmax(1).cpu() == labels).sum()
+        counts[-1] += len(labels)
+    *right, number = total(*counts)
+    return [100 * count / number for count in right]
 
 
-def save_run(out, parts, state):
+def save_run(options, parts, state):
     """last.pt holds all there is to go on from; log.jsonl the finished epochs, a line each."""
+    out = Path(options["out"])
+    if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
+        sys.exit(f"train.py: weights are not finite after step {state['step']}, so not saved: "
+                 f"lower --lr or use --amp off. {out} keeps the last good checkpoint")
     if RANK == 0:
-        if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
-            sys.exit(f"train.py: weights are not finite after step {state['step']}, and not saved: "
-                     f"lower --lr or use --amp off. {out} keeps the last good checkpoint")
-        save(out / "last.pt", dict(state=state, **{k: p.state_dict() for k, p in parts.items()}))
-        lines = "".join(json.dumps(line) + "\n" for line in state["history"])
-        save(out / "log.jsonl", lines)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save(out / "last.pt", partial(torch.save, dict(options=options, state=state, **states)))
+        lines = "".join(json.dumps(record) + "\n" for record in state["history"])
+        save(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-def end_epoch(parts, state, options, config, val, device, **record):
+def end_epoch(parts, state, options, config, val, **record):
     """Evaluates, records, saves; best.pt first, so that a kill in between loses nothing."""
     out, (raw, averaged) = Path(options["out"]), (parts["model"], parts["ema"].module)
     for buffer in [*raw.buffers(), *averaged.buffers()] if WORLD > 1 else ():
         dist.broadcast(buffer, 0)  # without SyncBN each process has its own statistics
-    record["raw_top1"], record["ema_top1"] = (
-        evaluate(model, val, options, device) for model in (raw, averaged))
+    record["raw_top1"], record["ema_top1"] = evaluate((raw, averaged), val, options)
     record["top1"] = max(record["raw_top1"], record["ema_top1"])
     if RANK == 0 and record["top1"] > max((line["top1"] for line in state["history"]), default=-1):
-        model = raw if record["raw_top1"] > record["ema_top1"] else averaged
-        save(out / "best.pt", dict(model=model.state_dict(), config=asdict(config),
-                                   options=options, record=record))
-    state.update(loss=0.0, history=state["history"] + [record])
-    save_run(out, parts, state)
+        better = averaged if record["ema_top1"] == record["top1"] else raw
+        save(out / "best.pt", partial(torch.save, dict(
+            model=better.state_dict(), config=asdict(config), options=options, record=record)))
+    state.update(loss=0.0, history=[*state["history"], record])
+    save_run(options, parts, state)
     tqdm.write("epoch {epoch}  loss {loss:.3f}  top-1 {raw_top1:.2f} %, averaged {ema_top1:.2f} %  "
                "lr {lr:.1e}  {images_per_s:.0f} images/s".format(**record))
 
 
-def train(options, config, states, train_set, val_set, device):
+def train(options, config, states, train_set, val_set):
     """From the step of the checkpoint to the end of the run, or to a signal."""
     out, steps = Path(options["out"]), max(1, len(train_set) // options["batch"])
     state = states.get("state", dict(step=0, loss=0.0, history=[]))  # what changes beside the parts
-    parts, last = build(options, config, states, device), options["epochs"] * steps
-    forward = parts["model"] if WORLD == 1 else DistributedDataParallel(
-        parts["model"], [device] if device.type == "cuda" else None)
+    parts, last = build(options, config, states), options["epochs"] * steps
+    forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
     forward = torch.compile(forward) if options["compile"] else forward
-    loader, val, turns = loaders(train_set, val_set, options, state["step"])
-    mix, batches = make_mix(options, config.num_classes), iter(loader)
-    began, first, started = time.monotonic(), state["step"], time.monotonic()
+    loader, turns, mix, val = loaders(
+        train_set, val_set, options, config.num_classes, state["step"])
+    batches, began, first = iter(loader), time.monotonic(), state["step"]
     bar = tqdm(total=last, initial=first, unit="img", unit_scale=options["batch"], leave=False,
                disable=RANK > 0 or not sys.stderr.isatty())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    while state["step"] < last:
-        step, unreadable = state["step"], ""
+    catch_signals()
+    for step in range(first, last):
+        unreadable = ""
         try:
             batch = [next(batches) for _ in range(turns)]
         except OSError as error:  # in a worker: its last line is the message
             unreadable = str(error).splitlines()[-1].removeprefix("OSError: ")
-        stop, = total(bool(SIGNALS or unreadable))
-        if stop:
-            save_run(out, parts, state)
+        if total(bool(SIGNALS or unreadable)) > [0]:
+            save_run(options, parts, state)
             print(f"stopped after step {step} of {last} and saved; go on: {resume_command(out)}")
             return unreadable and f"train.py: {unreadable}; mend or remove it, then resume"
         rate = learning_rate(step / steps, options)
         for group in parts["optimizer"].param_groups:
             group["lr"] = rate
         parts["model"].train()
-        loss = train_step(parts, forward, batch, mix, options, step, device)
+        loss = train_step(parts, forward, batch, mix, options, step)
         if not math.isfinite(loss):
             return (f"train.py: the loss is {loss} in step {step + 1} of {last}: lower --lr or use "
                     f"--amp off. {out} keeps the last good checkpoint")
@@ -543,48 +527,41 @@ def train(options, config, states, train_set, val_set, device):
         bar.set_postfix(loss=loss, lr=rate)
         if state["step"] % steps == 0:
             speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
-            end_epoch(parts, state, options, config, val, device, epoch=state["step"] // steps,
+            end_epoch(parts, state, options, config, val, epoch=state["step"] // steps,
                       loss=state["loss"] / steps, lr=rate, images_per_s=round(speed, 1))
             began, first = time.monotonic(), state["step"]
     best = max(state["history"], key=lambda record: record["top1"])
     print(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {options['epochs']}, "
-          f"{out / 'best.pt'}; {(time.monotonic() - started) / 60:.1f} minutes")
+          f"{out / 'best.pt'}")
 
 
 def main(argv):
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    sys.stdout.reconfigure(line_buffering=True)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    prepared = [prepare(argv) if RANK == 0 else None]
     if WORLD > 1:  # a group that was restarted must not meet the addresses of the dead one
         store = dist.PrefixStore(f"attempt {ATTEMPT}", next(dist.rendezvous("env://"))[0])
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
-    device = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    sys.stdout.reconfigure(line_buffering=True)
-    strangers = {*multiprocessing.active_children()}
-    try:
-        prepared = [None]
-        try:
-            prepared = [prepare(argv)] if RANK == 0 else prepared
-        finally:
-            if WORLD > 1:
-                dist.broadcast_object_list(prepared)
-        if prepared == [None]:
-            return 2  # rank 0 has said why
-        options, config, states, train_set, val_set = prepared[0]
-        if options.get("eval"):
-            model = build(options, config, states, device)["model"]
-            accuracy = evaluate(model, loaders(train_set, val_set, options)[1], options, device)
-            return print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
-        print(", ".join(f"{name} {value}" for name, value in options.items()))
-        print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
-              f"{config.num_classes} classes; {WORLD} process(es) on {device.type}")
-        return train(options, config, states, train_set, val_set, device)
-    finally:
-        for worker in {*multiprocessing.active_children()} - strangers:
-            worker.kill()  # they ignore SIGTERM, and have nothing to save
-        if WORLD > 1:
-            dist.destroy_process_group()
+        dist.broadcast_object_list(prepared)
+    options, config, states, train_set, val_set = prepared[0]
+    if options.get("eval"):
+        model = build(options, config, states)["model"]
+        *_, val = loaders(train_set, val_set, options, config.num_classes)
+        accuracy, = evaluate([model], val, options)
+        return print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
+    print(", ".join(f"{name} {value}" for name, value in options.items()))
+    print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
+          f"{config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
+    return train(options, config, states, train_set, val_set)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they catch SIGTERM, and have nothing to save
+        if dist.is_initialized():
+            dist.destroy_process_group()
