@@ -102,10 +102,9 @@ for name, (value, _, _, meaning) in RECIPE.items():
     PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
                         help=f"{meaning}; ImageNet: {value:g}")
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, ATTEMPT = (  # torchrun sets these; without it: one process
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # torchrun sets these; without it: one process
     int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
-        ("TORCHELASTIC_RESTART_COUNT", 0)))
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
@@ -125,17 +124,17 @@ def choose(argv):
     trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
     kept = {"model", "set"} | ({"data", "size", "center"} if given.get("eval") else set())
     options |= {name: trained[name] for name in kept & trained.keys()} | given
+    for name, (_, low, high, _) in RECIPE.items():
+        if not low <= options.get(name, low) <= high:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {options[name]} is not in {low} to {high}")
     recipe = {name: value for name, (value, *_) in RECIPE.items()}
     recipe |= DATA.get(options["data"], [{}])[0]
     scale = options.get("batch", recipe["batch"]) / recipe["batch"]
     recipe["lr"] *= scale
     recipe["ema"] **= scale
     recipe["warmup"] = min(recipe["warmup"], options.get("epochs", recipe["epochs"]) / 10)
-    for name, (_, low, high, _) in RECIPE.items():
-        if not low <= options.setdefault(name, recipe[name]) <= high:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {options[name]} is not in {low} to {high}")
-    return options
+    return recipe | options
 
 
 def model_config(options, classes):
@@ -149,13 +148,15 @@ def model_config(options, classes):
                          f"and the fields are {', '.join(asdict(VARIANTS['tiny']))}")
 
 
-def prepare(argv):
+def prepare(argv, store):
     """What can meet bad input, done by rank 0 before the others join; all errors end here.
 
     Returns the options, the configuration, the states to start from, the pictures to train on and
     those to evaluate. A new run claims its folder last, when all else is known to be right.
     """
     try:
+        if store.check(["out"]):  # torchrun has started its processes again
+            argv = ["--resume", "--out", store.get("out").decode()]
         options = choose(argv)
         train_set, val_set, classes = load_pictures(options["data"])
         config, share = model_config(options, classes), options["batch"] // WORLD
@@ -165,10 +166,6 @@ def prepare(argv):
         with torch.device("meta"):  # shapes without numbers: batch norm needs more than one
             SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        before = {"out": f"runs/{number - 1}"} | options  # if torchrun starts the run again
-        last = Path(before["out"], "last.pt")
-        if ATTEMPT and last.exists() and load(last)["options"] == before:
-            options = before | dict(resume=True)
         options = {"out": f"runs/{number}"} | options
         last, new = Path(options["out"], "last.pt"), not options.get("resume")
         states = {} if new else load(last)
@@ -183,6 +180,7 @@ def prepare(argv):
             last.parent.mkdir(parents=True, exist_ok=True)
             with open(last, "xb") as file:  # fails where a run is already
                 torch.save(dict(options=options), file)
+            store.set("out", options["out"])
         return options, config, states, train_set, val_set
     except FileExistsError:
         PARSER.error(f"--out {options['out']} has a run already: choose another folder, or go on "
@@ -317,7 +315,7 @@ def schedule(pictures, options, start=0, turns=1):
 
 
 def loaders(train_set, val_set, options, classes, start=0):
-    """Batches from step `start` on, turns in a step, the mixing of a batch; evaluation's batches."""
+    """Training batches from step `start` on, turns in a step, mixing; batches to evaluate."""
     turns = math.ceil(options["batch"] / WORLD / options["micro"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options["workers"] if options["workers"] >= 0 else max(1, cores // LOCAL_WORLD)
@@ -535,15 +533,36 @@ def train(options, config, states, train_set, val_set):
           f"{out / 'best.pt'}")
 
 
+def meet(store):
+    """Makes a group of all processes, under a number that no group has left its addresses under.
+
+    torchrun counts the restarts on each machine alone, so rank 0 counts them here.
+    """
+    if RANK == 0:
+        number = str(store.add("starts", 1))
+        store.set("open", number)
+        store.wait([f"{number} {rank}" for rank in range(1, WORLD)])
+        store.set("open", "")  # who comes later, after a restart, waits for the next number
+        store.set(number, "complete")
+    else:
+        number = ""
+        while not (number and store.check([number])):
+            number = store.get("open").decode() or number
+            store.set(f"{number} {RANK}", "here")
+            time.sleep(0.05)
+    dist.init_process_group(store=dist.PrefixStore(number, store), rank=RANK, world_size=WORLD)
+
+
 def main(argv):
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     sys.stdout.reconfigure(line_buffering=True)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    prepared = [prepare(argv) if RANK == 0 else None]
-    if WORLD > 1:  # a group that was restarted must not meet the addresses of the dead one
-        store = dist.PrefixStore(f"attempt {ATTEMPT}", next(dist.rendezvous("env://"))[0])
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
+    torchrun = "RANK" in os.environ  # its store outlives the processes, which it may start again
+    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
+    prepared = [prepare(argv, store) if RANK == 0 else None]
+    if WORLD > 1:
+        meet(store)
         dist.broadcast_object_list(prepared)
     options, config, states, train_set, val_set = prepared[0]
     if options.get("eval"):
