@@ -174,7 +174,8 @@ def prepare(argv, store):
             seed_all(options["seed"])  # a new classifier's weights, too, follow from the options
             model, new_head = SecViT(config), start != last and not options.get("eval")
             fresh = load_weights(model, load(start), new_head=new_head)
-            print(f"weights from {start}" + fresh * f"; the classifier is a new one, for {classes}")
+            print(f"weights from {start}" + fresh * (
+                f"; the classifier is a new one, for {config.num_classes} classes"))
             states.setdefault("model", model.state_dict())
         if new and not options.get("eval"):
             last.parent.mkdir(parents=True, exist_ok=True)
