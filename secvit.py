@@ -171,12 +171,12 @@ def rotation(h, w, d, like):
 
 def rotate(x, turn):
     """Turns adjacent channels as points in a plane. x (b h w n d), turn from `rotation` -> as x."""
-    x = rearrange(x.to(turn.dtype), "b h w n (p two) -> b h w n p two", two=2)
+    x = rearrange(x.to(turn.dtype, copy=True), "b h w n (p two) -> b h w n p two", two=2)
     if torch.compiler.is_compiling():  # it fuses real numbers; eager is faster with complex ones
         (x1, x2), (cos, sin) = x.unbind(-1), turn.unbind(-1)
         x = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-    else:
-        x = torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turn))
+    else:  # in the copy, since fresh memory would cost more than the product
+        x = torch.view_as_real(torch.view_as_complex(x).mul_(torch.view_as_complex(turn)))
     return rearrange(x, "b h w n p two -> b h w n (p two)")
 
 
@@ -235,7 +235,7 @@ class FFN(nn.Module):
 
     def forward(self, x):
         x = F.gelu(self.fc1(x))
-        return self.fc2(x if self.dwconv is None else x + self.dwconv(x))
+        return self.fc2(x if self.dwconv is None else self.dwconv(x).add_(x))  # saves memory
 
 
 class LayerScale(nn.Module):
