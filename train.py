@@ -12,7 +12,7 @@ IMAGENET is a folder with train/ and val/, each with a folder of pictures for ev
 
 A run is one loop over steps. The number of a step and the options decide all that happens in it:
 which pictures, how each is augmented, the noise and the learning rate. So a run that starts again
-at step s ends with the same weights, and a checkpoint is s and the states of the parts.
+at step s ends with the same weights, and a checkpoint is s, the options and the parts' states.
 """
 
 import argparse
@@ -22,12 +22,10 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +81,7 @@ DATA = {  # what differs from the recipe, torchvision's class, how it calls its 
     "pets": (LARGER, datasets.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
 }
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
-FREE = {"workers", "amp", "compile", "micro", "resume", "out"}  # what a resumed run may change
+FREE = ("workers", "amp", "compile", "micro", "resume", "out")  # what a resumed run may change
 
 PARSER = argparse.ArgumentParser(  # without a usage its errors are one line, with exit code 2
     prog="train.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -102,19 +100,23 @@ for name, (value, _, _, meaning) in RECIPE.items():
     PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
                         help=f"{meaning}; ImageNet: {value:g}")
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # torchrun sets these; without it: one process
-    int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
 def choose(argv):
     """The options of a run: what was typed, else its data set's, else the recipe's."""
     given = vars(PARSER.parse_args(argv))
+    for name, (_, low, high, _) in RECIPE.items():
+        if name in given and not low <= given[name] <= high:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {given[name]} is not in {low} to {high}")
     if given.get("resume"):
-        if "out" not in given or given.keys() - FREE:
-            raise ValueError(f"--resume needs --out; of the other options only {sorted(FREE)} may "
-                             "stand beside it, since the run has its own")
+        if "out" not in given or given.keys() - {*FREE}:
+            raise ValueError(f"--resume needs --out; the run has its own options, save for {FREE}")
         return load(Path(given["out"], "last.pt"))["options"] | given
     if given.get("eval") and "weights" not in given:
         raise ValueError("--eval needs --weights, a checkpoint")
@@ -124,10 +126,6 @@ def choose(argv):
     trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
     kept = {"model", "set"} | ({"data", "size", "center"} if given.get("eval") else set())
     options |= {name: trained[name] for name in kept & trained.keys()} | given
-    for name, (_, low, high, _) in RECIPE.items():
-        if not low <= options.get(name, low) <= high:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {options[name]} is not in {low} to {high}")
     recipe = {name: value for name, (value, *_) in RECIPE.items()}
     recipe |= DATA.get(options["data"], [{}])[0]
     scale = options.get("batch", recipe["batch"]) / recipe["batch"]
@@ -144,48 +142,49 @@ def model_config(options, classes):
         changes = {name: ast.literal_eval(value) for name, _, value in pairs}
         return replace(VARIANTS[options["model"]], **{"num_classes": classes} | changes)
     except Exception as error:  # what literal_eval can raise has no end
-        raise ValueError(f"--set {' '.join(options['set'])}: {error}; it takes FIELD=VALUE, "
-                         f"and the fields are {', '.join(asdict(VARIANTS['tiny']))}")
+        raise ValueError(f"--set takes FIELD=VALUE, not {' '.join(options['set'])}: {error}")
+
+
+def turns(options):
+    """In how many batches, of --micro pictures or fewer, a process takes its share of a step."""
+    return math.ceil(options["batch"] / WORLD / options["micro"])
 
 
 def prepare(argv, store):
     """What can meet bad input, done by rank 0 before the others join; all errors end here.
 
-    Returns the options, the configuration, the states to start from, the pictures to train on and
-    those to evaluate. A new run claims its folder last, when all else is known to be right.
+    Returns options, model, states to start from, pictures to train on and pictures to evaluate.
     """
     try:
-        if store.check(["out"]):  # torchrun has started its processes again
+        if store.check(["out"]):  # torchrun has started the run again
             argv = ["--resume", "--out", store.get("out").decode()]
         options = choose(argv)
+        resume, new = options.pop("resume", False), not options.get("eval")
         train_set, val_set, classes = load_pictures(options["data"])
-        config, share = model_config(options, classes), options["batch"] // WORLD
+        config = model_config(options, classes)
         if options["batch"] % WORLD:
             raise ValueError(f"--batch {options['batch']} must divide by {WORLD} processes")
-        smallest = share // math.ceil(share / options["micro"])  # batch that a process takes
+        smallest = options["batch"] // WORLD // turns(options)
         with torch.device("meta"):  # shapes without numbers: batch norm needs more than one
             SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        options = {"out": f"runs/{number}"} | options
-        last, new = Path(options["out"], "last.pt"), not options.get("resume")
-        states = {} if new else load(last)
-        start = last if "model" in states else options.get("weights")
-        if start:
-            seed_all(options["seed"])  # a new classifier's weights, too, follow from the options
-            model, new_head = SecViT(config), start != last and not options.get("eval")
-            fresh = load_weights(model, load(start), new_head=new_head)
-            print(f"weights from {start}" + fresh * (
-                f"; the classifier is a new one, for {config.num_classes} classes"))
-            states.setdefault("model", model.state_dict())
-        if new and not options.get("eval"):
+        last = Path(options.setdefault("out", f"runs/{number}"), "last.pt")
+        states = load(last) if resume else {}
+        seed_all(options["seed"])
+        model = SecViT(config)
+        if "model" in states:
+            load_weights(model, states)
+        elif "weights" in options:
+            other = load_weights(model, load(options["weights"]), new_head=new)
+            print(f"weights from {options['weights']}" + other * "; the classifier is a new one")
+        if new and not resume:  # the last thing that can fail claims the folder
             last.parent.mkdir(parents=True, exist_ok=True)
-            with open(last, "xb") as file:  # fails where a run is already
+            with open(last, "xb") as file:
                 torch.save(dict(options=options), file)
             store.set("out", options["out"])
-        return options, config, states, train_set, val_set
-    except FileExistsError:
-        PARSER.error(f"--out {options['out']} has a run already: choose another folder, or go on "
-                     f"with {resume_command(options['out'])}")
+        return options, model, states, train_set, val_set
+    except FileExistsError as error:
+        PARSER.error(f"{error.filename} is there: choose another --out, or --resume --out that run")
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         hint = "; use a larger --micro, --batch or --size" * ("value per channel" in str(error))
         PARSER.error(" ".join(str(error).split())[:1000] + hint)
@@ -237,11 +236,8 @@ def rand_augment(img, magnitude):
     return img
 
 
-def transforms(options, classes):
-    """For a PIL picture in training and in evaluation, to (3 size size); for a batch in training.
-
-    The last is Mixup, CutMix or neither: pictures, labels (b) -> pictures, labels (b [classes]).
-    """
+def transforms(options, classes=None):
+    """Of a PIL picture to (3 size size) in training and in evaluation; of a batch in training."""
     size, cubic = options["size"], InterpolationMode.BICUBIC
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
               v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -286,51 +282,46 @@ def load_pictures(data):
         _, make, *parts = DATA[data]
         parts = [make("data", download=True, **part) for part in parts]
     elif Path(data).is_dir():
-        parts = [datasets.ImageFolder(Path(data) / part) for part in ("train", "val")]
+        parts = [datasets.ImageFolder(Path(data, part)) for part in ("train", "val")]
     else:
         raise ValueError(f"--data {data} is no folder and none of {', '.join(DATA)}")
-    ours, theirs = ({*map(str, part.classes)} for part in parts)
+    ours, theirs = ({*part.classes} for part in parts)
     if ours != theirs:
-        raise ValueError(f"--data {data}: these classes are in train or val alone: "
-                         f"{', '.join(sorted(ours ^ theirs))}")
+        raise ValueError(f"{data}: not in both train and val are {sorted(ours ^ theirs)}")
     return *parts, len(ours)
 
 
-def schedule(pictures, options, start=0, turns=1):
+def schedule(pictures, options, start=0):
     """The keys of each batch that this process takes, from step `start` to the end of the run.
 
     The pictures of a step are dealt like cards to processes and turns, so that it has the same
     pictures on one process as on many, and the copies of repeated augmentation part.
     """
     batch, steps = options["batch"], max(1, pictures // options["batch"])
+    hands = WORLD * turns(options)
     for step in range(start, options["epochs"] * steps):
         epoch, number = divmod(step, steps)
         if step == start or number == 0:
             seed_all(options["seed"], epoch)
             order = torch.randperm(pictures).repeat_interleave(options["repeats"])
-            order = order.repeat(-(-batch // len(order)))  # fewer pictures than a batch
-        for turn in range(turns):
-            places = range(number * batch, (number + 1) * batch)[turn * WORLD + RANK :]
-            yield [(int(order[place]), options["seed"], epoch, place)
-                   for place in places[:: turns * WORLD]]
+            order = order.repeat(math.ceil(batch / len(order)))  # fewer pictures than a batch
+        for hand in range(RANK, hands, WORLD):
+            places = range(number * batch + hand, (number + 1) * batch, hands)
+            yield [(int(order[place]), options["seed"], epoch, place) for place in places]
 
 
-def loaders(train_set, val_set, options, classes, start=0):
-    """Training batches from step `start` on, turns in a step, mixing; batches to evaluate."""
-    turns = math.ceil(options["batch"] / WORLD / options["micro"])
+def loader(pictures, transform, options, **keys):
+    """Batches of pictures and labels, read by other processes in the order of the keys."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options["workers"] if options["workers"] >= 0 else max(1, cores // LOCAL_WORLD)
-    common = dict(num_workers=workers, pin_memory=DEVICE.type == "cuda",
-                  persistent_workers=workers > 0, worker_init_fn=catch_signals)
-    for_training, for_evaluation, mix = transforms(options, classes)
-    mine = [(index,) for index in range(RANK, len(val_set), WORLD)]  # none counts twice
-    return (DataLoader(Pictures(train_set, for_training), **common,
-                       batch_sampler=schedule(len(train_set), options, start, turns)), turns, mix,
-            DataLoader(Pictures(val_set, for_evaluation), sampler=mine,
-                       batch_size=options["micro"], **common))
+    return DataLoader(Pictures(pictures, transform), **keys, num_workers=workers,
+                      pin_memory=DEVICE.type == "cuda", worker_init_fn=catch_signals)
 
 
-# --------------------------------------------------------------------------------- files of a run
+# ------------------------------------------------------------------------------------------- a run
+
+SIGNALS = []  # when SIGTERM or SIGINT came
+NOT_FINITE = ": lower --lr or use --amp off, and go on from last.pt, which is whole"
 
 
 def save(path, write):
@@ -345,8 +336,8 @@ def save(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path}: {error.strerror}; what was there before is "
-                 f"intact. Make room, then: {resume_command(path.parent)}")
+        sys.exit(f"train.py: cannot write {path}: {error.strerror}; the old one is intact: make "
+                 f"room, then go on with --resume --out {path.parent}")
 
 
 def load(path):
@@ -354,25 +345,11 @@ def load(path):
     try:
         return {} | read_checkpoint(path)
     except Exception as error:  # what a damaged file can raise is not documented
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}")
-
-
-def resume_command(out):
-    start = f"torchrun --nproc_per_node={LOCAL_WORLD}" if WORLD > 1 else "python"
-    return f"{start} {shlex.quote(sys.argv[0])} --resume --out {shlex.quote(str(out))}"
-
-
-# ----------------------------------------------------------------------------------------- training
-
-SIGNALS = []  # when SIGTERM or SIGINT came
+        raise ValueError(f"{path} cannot be read: {error!r:.100}")
 
 
 def catch_signals(worker=None):
-    """The first asks for an end before the next step, a second ends the process at once.
-
-    Workers catch them, too, and go on reading until their process has taken its last step.
-    """
+    """The first makes a run end before its next step, a second ends the process at once."""
     def on_signal(number, frame):
         SIGNALS.append(time.monotonic())
         if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
@@ -398,19 +375,16 @@ def learning_rate(epoch, options):
     return low + (peak - low) * (1 + math.cos(math.pi * epoch / options["epochs"])) / 2
 
 
-def build(options, config, states):
+def build(options, model, states):
     """The parts of a run, whose states make a checkpoint."""
-    seed_all(options["seed"])
-    model = SecViT(config)
-    model.load_state_dict(states.get("model", model.state_dict()))
     model = model.to(DEVICE, memory_format=torch.channels_last)
     if DEVICE.type == "cuda" and WORLD > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = get_ema_multi_avg_fn(options["ema"])  # of batch norm's statistics, too
     ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
     ema.update_parameters(model)  # the first call copies: the average starts at the first weights
-    weights, others = ([p for p in model.parameters() if (p.ndim > 1) == many]
-                       for many in (True, False))  # others: biases, norms and LayerScale
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]  # biases, norms and LayerScale
     optimizer = torch.optim.AdamW([dict(params=weights, weight_decay=options["weight_decay"]),
                                    dict(params=others, weight_decay=0.0)], lr=options["lr"])
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=options["amp"] == "fp16")
@@ -422,38 +396,43 @@ def build(options, config, states):
 
 def train_step(parts, forward, batches, mix, options, step):
     """Gradients of all turns of a step, then the optimiser's. The mean loss over all pictures."""
+    parts["model"].train()
     loss_sum = 0.0
     for turn, (pictures, labels) in enumerate(batches):
         seed_all(options["seed"], step, turn, RANK)
         pictures, labels = (t.to(DEVICE, non_blocking=True) for t in (pictures, labels))
         order = torch.randperm(len(labels))  # v2 mixes neighbours, which could be copies
         pictures, targets = mix(pictures[order], labels[order])
-        meet = WORLD == 1 or turn == len(batches) - 1  # processes add their gradients once a step
-        with nullcontext() if meet else forward.no_sync():
-            with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
-                logits = forward(pictures)
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum",
-                                   label_smoothing=options["smoothing"]) / options["batch"]
-            parts["scaler"].scale(loss * WORLD).backward()  # DistributedDataParallel's is a mean
+        with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
+            logits = forward(pictures)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum",
+                               label_smoothing=options["smoothing"]) / options["batch"]
+        parts["scaler"].scale(loss * WORLD).backward()  # DistributedDataParallel's is a mean
         loss_sum += loss.detach()
     loss, = total(float(loss_sum))
-    if math.isfinite(loss):  # else the weights stay as they are
-        parts["scaler"].step(parts["optimizer"])
-        parts["scaler"].update()
-        parts["ema"].update_parameters(parts["model"])
+    if not math.isfinite(loss):
+        sys.exit(f"train.py: the loss is {loss} in step {step + 1}{NOT_FINITE}")
+    parts["scaler"].step(parts["optimizer"])
+    parts["scaler"].update()
+    parts["ema"].update_parameters(parts["model"])
     parts["optimizer"].zero_grad()
     return loss
 
 
 @torch.no_grad()
-def evaluate(models, loader, options):
-    """Top-1 accuracies in %, exact: every process takes its share of the pictures."""
-    counts = torch.zeros(len(models) + 1, dtype=torch.float64)  # right ones, then all
-    for pictures, labels in loader:
-        pictures = pictures.to(DEVICE, non_blocking=True)
+def evaluate(models, pictures, options):
+    """Top-1 accuracies in %, exact: every process takes its share, none counts twice."""
+    for model in models:
+        model.eval()
+        for buffer in model.buffers() if WORLD > 1 else ():
+            dist.broadcast(buffer, 0)  # without SyncBN each process has its own statistics
+    counts = torch.zeros(len(models) + 1)  # right ones, then all
+    mine = [(index,) for index in range(RANK, len(pictures), WORLD)]
+    _, crop, _ = transforms(options)
+    for batch, labels in loader(pictures, crop, options, sampler=mine, batch_size=options["micro"]):
         for i, model in enumerate(models):
             with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
-                logits = model.eval()(pictures)
+                logits = model(batch.to(DEVICE, non_blocking=True))
             counts[i] += (logits.argmax(1).cpu() == labels).sum()
         counts[-1] += len(labels)
     *right, number = total(*counts)
@@ -464,8 +443,7 @@ def save_run(options, parts, state):
     """last.pt holds all there is to go on from; log.jsonl the finished epochs, a line each."""
     out = Path(options["out"])
     if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
-        sys.exit(f"train.py: weights are not finite after step {state['step']}, so not saved: "
-                 f"lower --lr or use --amp off. {out} keeps the last good checkpoint")
+        sys.exit(f"train.py: a weight is not finite after step {state['step']}{NOT_FINITE}")
     if RANK == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
         save(out / "last.pt", partial(torch.save, dict(options=options, state=state, **states)))
@@ -473,77 +451,66 @@ def save_run(options, parts, state):
         save(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-def end_epoch(parts, state, options, config, val, **record):
-    """Evaluates, records, saves; best.pt first, so that a kill in between loses nothing."""
-    out, (raw, averaged) = Path(options["out"]), (parts["model"], parts["ema"].module)
-    for buffer in [*raw.buffers(), *averaged.buffers()] if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)  # without SyncBN each process has its own statistics
-    record["raw_top1"], record["ema_top1"] = evaluate((raw, averaged), val, options)
-    record["top1"] = max(record["raw_top1"], record["ema_top1"])
-    if RANK == 0 and record["top1"] > max((line["top1"] for line in state["history"]), default=-1):
-        better = averaged if record["ema_top1"] == record["top1"] else raw
-        save(out / "best.pt", partial(torch.save, dict(
-            model=better.state_dict(), config=asdict(config), options=options, record=record)))
-    state.update(loss=0.0, history=[*state["history"], record])
-    save_run(options, parts, state)
-    tqdm.write("epoch {epoch}  loss {loss:.3f}  top-1 {raw_top1:.2f} %, averaged {ema_top1:.2f} %  "
-               "lr {lr:.1e}  {images_per_s:.0f} images/s".format(**record))
-
-
-def train(options, config, states, train_set, val_set):
+def train(options, model, states, train_set, val_set):
     """From the step of the checkpoint to the end of the run, or to a signal."""
-    out, steps = Path(options["out"]), max(1, len(train_set) // options["batch"])
-    state = states.get("state", dict(step=0, loss=0.0, history=[]))  # what changes beside the parts
-    parts, last = build(options, config, states), options["epochs"] * steps
+    steps = max(1, len(train_set) // options["batch"])  # an epoch
+    last = options["epochs"] * steps
+    parts = build(options, model, states)
+    state = dict(step=0, loss=0.0, best=-1.0, history=[])  # what changes beside the parts
+    state |= states.get("state", {})
+    first, began = state["step"], time.monotonic()
     forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
     forward = torch.compile(forward) if options["compile"] else forward
-    loader, turns, mix, val = loaders(
-        train_set, val_set, options, config.num_classes, state["step"])
-    batches, began, first = iter(loader), time.monotonic(), state["step"]
-    bar = tqdm(total=last, initial=first, unit="img", unit_scale=options["batch"], leave=False,
-               disable=RANK > 0 or not sys.stderr.isatty())
+    augment, _, mix = transforms(options, model.config.num_classes)
+    keys = schedule(len(train_set), options, first)
+    batches = iter(loader(train_set, augment, options, batch_sampler=keys))
     catch_signals()
-    for step in range(first, last):
+    bar = tqdm(range(first, last), initial=first, total=last, unit="img", leave=False,
+               unit_scale=options["batch"], disable=RANK > 0 or not sys.stderr.isatty())
+    for step in bar:
         unreadable = ""
         try:
-            batch = [next(batches) for _ in range(turns)]
+            batch = [next(batches) for _ in range(turns(options))]
         except OSError as error:  # in a worker: its last line is the message
             unreadable = str(error).splitlines()[-1].removeprefix("OSError: ")
         if total(bool(SIGNALS or unreadable)) > [0]:
             save_run(options, parts, state)
-            print(f"stopped after step {step} of {last} and saved; go on: {resume_command(out)}")
+            print(f"saved after step {step} of {last}: go on with --resume --out {options['out']}")
             return unreadable and f"train.py: {unreadable}; mend or remove it, then resume"
         rate = learning_rate(step / steps, options)
         for group in parts["optimizer"].param_groups:
             group["lr"] = rate
-        parts["model"].train()
         loss = train_step(parts, forward, batch, mix, options, step)
-        if not math.isfinite(loss):
-            return (f"train.py: the loss is {loss} in step {step + 1} of {last}: lower --lr or use "
-                    f"--amp off. {out} keeps the last good checkpoint")
         state.update(step=step + 1, loss=state["loss"] + loss)
-        bar.update()
         bar.set_postfix(loss=loss, lr=rate)
-        if state["step"] % steps == 0:
-            speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
-            end_epoch(parts, state, options, config, val, epoch=state["step"] // steps,
-                      loss=state["loss"] / steps, lr=rate, images_per_s=round(speed, 1))
-            began, first = time.monotonic(), state["step"]
-    best = max(state["history"], key=lambda record: record["top1"])
-    print(f"best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {options['epochs']}, "
-          f"{out / 'best.pt'}")
+        if state["step"] % steps > 0:
+            continue  # the rest is for the end of an epoch
+        speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
+        raw, averaged = evaluate((parts["model"], parts["ema"].module), val_set, options)
+        record = dict(epoch=state["step"] // steps, loss=state["loss"] / steps, lr=rate,
+                      raw_top1=raw, ema_top1=averaged, top1=max(raw, averaged), images_per_s=speed)
+        if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
+            better = parts["model"] if raw > averaged else parts["ema"].module
+            best = dict(model=better.state_dict(), config=asdict(model.config), options=options)
+            save(Path(options["out"], "best.pt"), partial(torch.save, best | dict(record=record)))
+        state["history"].append(record)
+        state.update(loss=0.0, best=max(state["best"], record["top1"]))
+        save_run(options, parts, state)
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        first, began = state["step"], time.monotonic()
+    print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
 
 
 def meet(store):
-    """Makes a group of all processes, under a number that no group has left its addresses under.
+    """Makes a group of all processes, under a number that no dead group has left addresses under.
 
-    torchrun counts the restarts on each machine alone, so rank 0 counts them here.
+    torchrun counts the restarts of each machine apart, so rank 0 counts them here.
     """
     if RANK == 0:
         number = str(store.add("starts", 1))
         store.set("open", number)
         store.wait([f"{number} {rank}" for rank in range(1, WORLD)])
-        store.set("open", "")  # who comes later, after a restart, waits for the next number
+        store.set("open", "")  # who comes after a restart waits for the next number
         store.set(number, "complete")
     else:
         number = ""
@@ -565,21 +532,21 @@ def main(argv):
     if WORLD > 1:
         meet(store)
         dist.broadcast_object_list(prepared)
-    options, config, states, train_set, val_set = prepared[0]
+    options, model, states, train_set, val_set = prepared[0]
     if options.get("eval"):
-        model = build(options, config, states)["model"]
-        *_, val = loaders(train_set, val_set, options, config.num_classes)
-        accuracy, = evaluate([model], val, options)
+        accuracy, = evaluate([model.to(DEVICE)], val_set, options)
         return print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
     print(", ".join(f"{name} {value}" for name, value in options.items()))
     print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
-          f"{config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
-    return train(options, config, states, train_set, val_set)
+          f"{model.config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
+    return train(options, model, states, train_set, val_set)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except OSError as error:  # a picture to evaluate; in a worker: its last line is the message
+        sys.exit(f"train.py: {str(error).splitlines()[-1]}")
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # they catch SIGTERM, and have nothing to save
