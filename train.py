@@ -265,7 +265,8 @@ class Pictures(Dataset):
             return self.transform(picture.convert("RGB")), label
         except Exception as error:  # what a damaged picture can raise is not documented
             name = self.source.samples[key[0]][0] if hasattr(self.source, "samples") else key[0]
-            raise OSError(" ".join(f"picture {name} cannot be read: {error}".split()))
+            error = " ".join(str(error).split())
+            raise OSError(f"picture {name} cannot be read, so mend or remove it: {error}")
 
 
 def load_pictures(data):
@@ -468,15 +469,17 @@ def train(options, model, states, train_set, val_set):
     bar = tqdm(range(first, last), initial=first, total=last, unit="img", leave=False,
                unit_scale=options["batch"], disable=RANK > 0 or not sys.stderr.isatty())
     for step in bar:
-        unreadable = ""
+        unreadable = None
         try:
             batch = [next(batches) for _ in range(turns(options))]
-        except OSError as error:  # in a worker: its last line is the message
-            unreadable = str(error).splitlines()[-1].removeprefix("OSError: ")
+        except OSError as error:
+            unreadable = error
         if total(bool(SIGNALS or unreadable)) > [0]:
             save_run(options, parts, state)
             print(f"saved after step {step} of {last}: go on with --resume --out {options['out']}")
-            return unreadable and f"train.py: {unreadable}; mend or remove it, then resume"
+            if unreadable:
+                raise unreadable
+            return
         rate = learning_rate(step / steps, options)
         for group in parts["optimizer"].param_groups:
             group["lr"] = rate
@@ -539,15 +542,16 @@ def main(argv):
     print(", ".join(f"{name} {value}" for name, value in options.items()))
     print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
           f"{model.config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
-    return train(options, model, states, train_set, val_set)
+    train(options, model, states, train_set, val_set)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except OSError as error:  # a picture to evaluate; in a worker: its last line is the message
-        sys.exit(f"train.py: {str(error).splitlines()[-1]}")
+        main(sys.argv[1:])
+    except OSError as error:  # a picture; where a worker read it, the message is the last line
+        sys.exit("train.py: " + str(error).splitlines()[-1].removeprefix("OSError: "))
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports the workers' end
         for worker in multiprocessing.active_children():
             worker.kill()  # they catch SIGTERM, and have nothing to save
         if dist.is_initialized():
