@@ -290,14 +290,14 @@ def test_functional_transforms_work():
 
 def test_nothing_is_made_on_another_device_and_nothing_waits_for_it():
     """On fake CUDA tensors both are errors, on any machine."""
-    model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4, drop_path=0.1))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
+    model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4, drop_path=0.1)).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
         state = {name: torch.empty_like(value, device="cuda")
                  for name, value in model.state_dict().items()}
         for h, w in ((64, 64), (70, 90)):
-            x = torch.empty(2, 3, h, w, device="cuda")
+            x = torch.empty(2, 3, h, w, device="cuda", dtype=torch.bfloat16)
             y = torch.func.functional_call(model, state, x)
-            assert y.shape == (2, 5) and y.device.type == "cuda"
+            assert (y.shape, y.device.type, y.dtype) == ((2, 5), "cuda", torch.bfloat16)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             float(y.sum())
 
