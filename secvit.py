@@ -190,6 +190,13 @@ class DepthwiseConv(nn.Conv2d):
         return rearrange(super().forward(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
 
+def attention(q, k, v):
+    """Softmax attention in each cluster (Eq. 5). Queries, keys, values (b n m d) -> (b n m d)."""
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] <= 256:  # twice as fast here
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class SECA(nn.Module):
     """Semantic equitable clustering attention, with local context enhancement (LCE)."""
 
@@ -215,9 +222,9 @@ class SECA(nn.Module):
         if clusters > 1:
             order = cluster_order(k)  # Eq. 2, 3
             parts = zip(*(group(t.type_as(v), order, clusters) for t in (q, k, v)))  # Eq. 3, 4
-            y = ungroup([F.scaled_dot_product_attention(*part) for part in parts], order)  # Eq. 5
+            y = ungroup([attention(*part) for part in parts], order)  # Eq. 5
         else:
-            y = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
+            y = attention(q.type_as(v), k.type_as(v), v)
         y, v = (rearrange(t, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for t in (y, v))
         return self.out_proj(y if self.lce is None else y + self.lce(v))  # Eq. 6
 
