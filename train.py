@@ -55,17 +55,17 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "warmup": (5.0, 0, 10**6, "epochs of linear warm-up from 1e-6"),
     "weight_decay": (0.05, 0, 10, "AdamW's; none on parameters of one dimension"),
     "smoothing": (0.1, 0, 0.99, "label smoothing"),
-    "ema": (0.99996**2, 0, 1, "decay of the averaged weights; the default scales with --batch"),
+    "ema": (0.99996 ** (1024 / 512), 0, 1, "decay of the averaged weights; scales with --batch"),
     "min_crop": (0.08, 0.001, 1, "smallest share of a picture that a random crop keeps"),
     "flip": (0.5, 0, 1, "probability of a horizontal flip"),
     "rand_augment": (9.0, 0, 10, "magnitude of RandAugment m9-mstd0.5-inc1; 0: none"),
     "erasing": (0.25, 0, 1, "probability of random erasing"),
     "mixup": (0.8, 0, 100, "Mixup's alpha; 0: none"),
     "cutmix": (1.0, 0, 100, "CutMix's alpha; 0: none; with both, a batch has either"),
-    "repeats": (3, 1, 100, "repeated augmentation: copies of a picture in an epoch"),
+    "repeats": (3, 1, 100, "repeated augmentation: an epoch has a third of the pictures, thrice"),
     "center": (0.875, 0.1, 1, "share of the side that the centre crop of the evaluation keeps"),
     "seed": (0, 0, 2**32 - 1, "of everything that is random"),
-    "workers": (-1, -1, 512, "processes that read pictures; -1: one a core"),
+    "workers": (-1, -1, 512, "processes that read pictures; -1: one for each core"),
 }
 SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0)
 DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0,
@@ -81,7 +81,7 @@ DATA = {  # what differs from the recipe, torchvision's class, how it calls its 
     "pets": (LARGER, datasets.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
 }
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
-FREE = ("workers", "amp", "compile", "micro", "resume", "out")  # what a resumed run may change
+FREE = {"workers", "amp", "compile", "micro", "resume", "out"}  # what a resumed run may change
 
 PARSER = argparse.ArgumentParser(  # without a usage its errors are one line, with exit code 2
     prog="train.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -94,7 +94,7 @@ PARSER.add_argument("--out", help="folder of the run; default: the next free num
 PARSER.add_argument("--weights", help="a checkpoint to start from or evaluate, ours or released")
 PARSER.add_argument("--resume", action="store_true", help="go on with the run in --out")
 PARSER.add_argument("--eval", action="store_true", help="evaluate --weights and end")
-PARSER.add_argument("--amp", choices=("bf16", "fp16", "off"), help="on a GPU: bf16, or else fp16")
+PARSER.add_argument("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
 PARSER.add_argument("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
 for name, (value, _, _, meaning) in RECIPE.items():
     PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
@@ -115,8 +115,9 @@ def choose(argv):
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} {given[name]} is not in {low} to {high}")
     if given.get("resume"):
-        if "out" not in given or given.keys() - {*FREE}:
-            raise ValueError(f"--resume needs --out; the run has its own options, save for {FREE}")
+        if "out" not in given or given.keys() - FREE:
+            raise ValueError("--resume needs --out, and has its other options from the run; only "
+                             "--amp, --compile, --micro and --workers may be new")
         return load(Path(given["out"], "last.pt"))["options"] | given
     if given.get("eval") and "weights" not in given:
         raise ValueError("--eval needs --weights, a checkpoint")
@@ -140,9 +141,9 @@ def model_config(options, classes):
     try:
         pairs = [text.partition("=") for text in options["set"]]
         changes = {name: ast.literal_eval(value) for name, _, value in pairs}
-        return replace(VARIANTS[options["model"]], **{"num_classes": classes} | changes)
+        return replace(VARIANTS[options["model"]], num_classes=classes, **changes)
     except Exception as error:  # what literal_eval can raise has no end
-        raise ValueError(f"--set takes FIELD=VALUE, not {' '.join(options['set'])}: {error}")
+        raise ValueError(f"--set takes FIELD=VALUE; {' '.join(options['set'])}: {error}")
 
 
 def turns(options):
@@ -162,21 +163,21 @@ def prepare(argv, store):
         resume, new = options.pop("resume", False), not options.get("eval")
         train_set, val_set, classes = load_pictures(options["data"])
         config = model_config(options, classes)
-        if options["batch"] % WORLD:
-            raise ValueError(f"--batch {options['batch']} must divide by {WORLD} processes")
-        smallest = options["batch"] // WORLD // turns(options)
-        with torch.device("meta"):  # shapes without numbers: batch norm needs more than one
-            SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
+        smallest = options["batch"] // (WORLD * turns(options))  # batch norm may need a larger one
+        if new:
+            with torch.device("meta"):  # shapes without numbers
+                SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
         last = Path(options.setdefault("out", f"runs/{number}"), "last.pt")
         states = load(last) if resume else {}
-        seed_all(options["seed"])
+        seed_all("weights", options["seed"])
         model = SecViT(config)
         if "model" in states:
             load_weights(model, states)
         elif "weights" in options:
             other = load_weights(model, load(options["weights"]), new_head=new)
-            print(f"weights from {options['weights']}" + other * "; the classifier is a new one")
+            said = "; the classifier is a new one" if other else ""
+            print(f"weights from {options['weights']}{said}")
         if new and not resume:  # the last thing that can fail claims the folder
             last.parent.mkdir(parents=True, exist_ok=True)
             with open(last, "xb") as file:
@@ -185,8 +186,9 @@ def prepare(argv, store):
         return options, model, states, train_set, val_set
     except FileExistsError as error:
         PARSER.error(f"{error.filename} is there: choose another --out, or --resume --out that run")
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        hint = "; use a larger --micro, --batch or --size" * ("value per channel" in str(error))
+    except (KeyError, OSError, ValueError) as error:
+        small = "value per channel" in str(error) or "(0, 3, " in str(error)
+        hint = "; use a larger --micro, --batch or --size" if small else ""
         PARSER.error(" ".join(str(error).split())[:1000] + hint)
 
 
@@ -194,7 +196,7 @@ def prepare(argv, store):
 
 
 def seed_all(*key):
-    """All that is random in a picture or a step follows from where it is in the run."""
+    """All that is random in a picture or a step follows from its place in the run."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -259,14 +261,15 @@ class Pictures(Dataset):
         self.source, self.transform = source, transform
 
     def __getitem__(self, key):
-        seed_all(*key)
+        seed_all("picture", *key)
         try:
             picture, label = self.source[key[0]]
-            return self.transform(picture.convert("RGB")), label
+            picture = picture.convert("RGB")
         except Exception as error:  # what a damaged picture can raise is not documented
             name = self.source.samples[key[0]][0] if hasattr(self.source, "samples") else key[0]
             error = " ".join(str(error).split())
             raise OSError(f"picture {name} cannot be read, so mend or remove it: {error}")
+        return self.transform(picture), label
 
 
 def load_pictures(data):
@@ -281,7 +284,10 @@ def load_pictures(data):
         return *parts, len(bunch.target_names)
     if data in DATA:
         _, make, *parts = DATA[data]
-        parts = [make("data", download=True, **part) for part in parts]
+        try:
+            parts = [make("data", download=True, **part) for part in parts]
+        except RuntimeError as error:
+            raise ValueError(f"--data {data}: {error}")
     elif Path(data).is_dir():
         parts = [datasets.ImageFolder(Path(data, part)) for part in ("train", "val")]
     else:
@@ -303,7 +309,7 @@ def schedule(pictures, options, start=0):
     for step in range(start, options["epochs"] * steps):
         epoch, number = divmod(step, steps)
         if step == start or number == 0:
-            seed_all(options["seed"], epoch)
+            seed_all("order", options["seed"], epoch)
             order = torch.randperm(pictures).repeat_interleave(options["repeats"])
             order = order.repeat(math.ceil(batch / len(order)))  # fewer pictures than a batch
         for hand in range(RANK, hands, WORLD):
@@ -322,7 +328,8 @@ def loader(pictures, transform, options, **keys):
 # ------------------------------------------------------------------------------------------- a run
 
 SIGNALS = []  # when SIGTERM or SIGINT came
-NOT_FINITE = ": lower --lr or use --amp off, and go on from last.pt, which is whole"
+NOT_FINITE = ("; last.pt is from before: go on with --resume --amp off, or start a run with "
+              "--weights last.pt and a lower --lr")
 
 
 def save(path, write):
@@ -337,8 +344,8 @@ def save(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path}: {error.strerror}; the old one is intact: make "
-                 f"room, then go on with --resume --out {path.parent}")
+        sys.exit(f"train.py: cannot write {path}: {error.strerror}; what was there before is "
+                 f"intact: make room, then go on with --resume --out {path.parent}")
 
 
 def load(path):
@@ -368,7 +375,7 @@ def total(*numbers):
 
 
 def learning_rate(epoch, options):
-    """At `epoch`, with fractions: warm-up from 1e-6, then a cosine whose period is all epochs."""
+    """At `epoch`, with fractions: half a cosine over all epochs; warm-up replaces its start."""
     peak, warmup = options["lr"], options["warmup"]
     low = min(options["min_lr"], peak)
     if epoch < warmup:
@@ -390,8 +397,9 @@ def build(options, model, states):
                                    dict(params=others, weight_decay=0.0)], lr=options["lr"])
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=options["amp"] == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    for name in parts.keys() & states.keys():
-        parts[name].load_state_dict(states[name])
+    for name, part in parts.items():
+        if states.get(name):  # a scaler that is off has no state
+            part.load_state_dict(states[name])
     return parts
 
 
@@ -400,7 +408,7 @@ def train_step(parts, forward, batches, mix, options, step):
     parts["model"].train()
     loss_sum = 0.0
     for turn, (pictures, labels) in enumerate(batches):
-        seed_all(options["seed"], step, turn, RANK)
+        seed_all("step", options["seed"], step, turn * WORLD + RANK)
         pictures, labels = (t.to(DEVICE, non_blocking=True) for t in (pictures, labels))
         order = torch.randperm(len(labels))  # v2 mixes neighbours, which could be copies
         pictures, targets = mix(pictures[order], labels[order])
@@ -408,7 +416,7 @@ def train_step(parts, forward, batches, mix, options, step):
             logits = forward(pictures)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum",
                                label_smoothing=options["smoothing"]) / options["batch"]
-        parts["scaler"].scale(loss * WORLD).backward()  # DistributedDataParallel's is a mean
+        parts["scaler"].scale(loss * WORLD).backward()  # DDP averages gradients over processes
         loss_sum += loss.detach()
     loss, = total(float(loss_sum))
     if not math.isfinite(loss):
@@ -441,7 +449,7 @@ def evaluate(models, pictures, options):
 
 
 def save_run(options, parts, state):
-    """last.pt holds all there is to go on from; log.jsonl the finished epochs, a line each."""
+    """Writes last.pt: options, state, and the states of the parts; and log.jsonl, from `state`."""
     out = Path(options["out"])
     if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
         sys.exit(f"train.py: a weight is not finite after step {state['step']}{NOT_FINITE}")
@@ -474,7 +482,8 @@ def train(options, model, states, train_set, val_set):
             batch = [next(batches) for _ in range(turns(options))]
         except OSError as error:
             unreadable = error
-        if total(bool(SIGNALS or unreadable)) > [0]:
+        stop, = total(bool(SIGNALS or unreadable))
+        if stop:
             save_run(options, parts, state)
             print(f"saved after step {step} of {last}: go on with --resume --out {options['out']}")
             if unreadable:
@@ -494,8 +503,9 @@ def train(options, model, states, train_set, val_set):
                       raw_top1=raw, ema_top1=averaged, top1=max(raw, averaged), images_per_s=speed)
         if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
             better = parts["model"] if raw > averaged else parts["ema"].module
-            best = dict(model=better.state_dict(), config=asdict(model.config), options=options)
-            save(Path(options["out"], "best.pt"), partial(torch.save, best | dict(record=record)))
+            save(Path(options["out"], "best.pt"), partial(torch.save, dict(
+                model=better.state_dict(), config=asdict(model.config), options=options,
+                record=record)))
         state["history"].append(record)
         state.update(loss=0.0, best=max(state["best"], record["top1"]))
         save_run(options, parts, state)
@@ -505,9 +515,10 @@ def train(options, model, states, train_set, val_set):
 
 
 def meet(store):
-    """Makes a group of all processes, under a number that no dead group has left addresses under.
+    """Joins all processes, under a number that no dead group has left its addresses under.
 
-    torchrun counts the restarts of each machine apart, so rank 0 counts them here.
+    torchrun counts the restarts of each machine apart, so rank 0 counts them here. It offers a
+    number, the others sign it, and when all have signed it is complete.
     """
     if RANK == 0:
         number = str(store.add("starts", 1))
@@ -538,7 +549,8 @@ def main(argv):
     options, model, states, train_set, val_set = prepared[0]
     if options.get("eval"):
         accuracy, = evaluate([model.to(DEVICE)], val_set, options)
-        return print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
+        print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
+        return
     print(", ".join(f"{name} {value}" for name, value in options.items()))
     print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
           f"{model.config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
