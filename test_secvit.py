@@ -860,7 +860,7 @@ def test_processes_train_like_one_on_one_machine_or_two_that_lose_a_rank(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     agents = [torchrun(
-        "--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d",
+        "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d",
         "--rdzv_id=job", f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost", script,
         *commands[2], cwd=tmp_path, DIES="1") for _ in range(2)]
     bad = torchrun("--standalone", "--nproc_per_node=2", HERE / "train.py", "--epochs", "0")
@@ -919,7 +919,7 @@ def test_kills_cost_nothing(folder, whole, tmp_path):
     while kills < 5:
         command = resume(out) if (out / "last.pt").exists() else arguments(folder, out)
         if kills % 2:
-            patch = die_writing, int(random.randint(1, 4))
+            patch = die_writing, int(random.randint(1, 6))
         else:
             patch = slow_steps, 0.05
         process = FORK.Process(target=train_patched, args=(command, *patch))
@@ -938,15 +938,18 @@ def test_kills_cost_nothing(folder, whole, tmp_path):
     assert all(torch.equal(best[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_picture_is_named_and_costs_nothing(folder, whole, tmp_path, workers):
+@pytest.mark.parametrize("part, workers, step", [
+    ("train", "0", 5), ("train", "1", 5), ("val", "0", 3)])  # the step that meets the picture
+def test_an_unreadable_picture_is_named_and_costs_nothing(
+        folder, whole, tmp_path, part, workers, step):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
-    broken = data / "train" / "blue" / "2.png"
+    broken = data / part / "blue" / "1.png"
     os.truncate(broken, 300)
     with pytest.raises(OSError, match=f"picture {broken} cannot be read"):
         train.main(arguments(data, tmp_path / "run", "--workers", workers))
-    shutil.copy(folder / "train" / "blue" / "2.png", broken)
+    assert last(tmp_path / "run")["state"]["step"] == step
+    shutil.copy(folder / part / "blue" / "1.png", broken)
     train.main([*resume(tmp_path / "run"), "--workers", "0"])
     assert torch.equal(weights(tmp_path / "run"), weights(whole))
 

@@ -474,9 +474,28 @@ def train(options, model, states, train_set, val_set):
     keys = schedule(len(train_set), options, first)
     batches = iter(loader(train_set, augment, options, batch_sampler=keys))
     catch_signals()
-    bar = tqdm(range(first, last), initial=first, total=last, unit="img", leave=False,
-               unit_scale=options["batch"], disable=RANK > 0 or not sys.stderr.isatty())
-    for step in bar:
+    bar = tqdm(initial=first, total=last, unit="img", unit_scale=options["batch"], leave=False,
+               disable=RANK > 0 or not sys.stderr.isatty())
+    for step in range(first, last + 1):
+        if step == steps * (1 + len(state["history"])):  # an epoch is over
+            speed = (step - first) * options["batch"] / (time.monotonic() - began)
+            save_run(options, parts, state)  # a kill or a picture may end the evaluation
+            raw, averaged = evaluate((parts["model"], parts["ema"].module), val_set, options)
+            record = dict(epoch=step // steps, loss=state["loss"] / steps,
+                          lr=learning_rate((step - 1) / steps, options), raw_top1=raw,
+                          ema_top1=averaged, top1=max(raw, averaged), images_per_s=speed)
+            if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
+                better = parts["model"] if raw > averaged else parts["ema"].module
+                save(Path(options["out"], "best.pt"), partial(torch.save, dict(
+                    model=better.state_dict(), config=asdict(model.config), options=options,
+                    record=record)))
+            state["history"].append(record)
+            state.update(loss=0.0, best=max(state["best"], record["top1"]))
+            save_run(options, parts, state)
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+            first, began = step, time.monotonic()
+        if step == last:
+            break
         unreadable = None
         try:
             batch = [next(batches) for _ in range(turns(options))]
@@ -494,23 +513,8 @@ def train(options, model, states, train_set, val_set):
             group["lr"] = rate
         loss = train_step(parts, forward, batch, mix, options, step)
         state.update(step=step + 1, loss=state["loss"] + loss)
+        bar.update()
         bar.set_postfix(loss=loss, lr=rate)
-        if state["step"] % steps > 0:
-            continue  # the rest is for the end of an epoch
-        speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
-        raw, averaged = evaluate((parts["model"], parts["ema"].module), val_set, options)
-        record = dict(epoch=state["step"] // steps, loss=state["loss"] / steps, lr=rate,
-                      raw_top1=raw, ema_top1=averaged, top1=max(raw, averaged), images_per_s=speed)
-        if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
-            better = parts["model"] if raw > averaged else parts["ema"].module
-            save(Path(options["out"], "best.pt"), partial(torch.save, dict(
-                model=better.state_dict(), config=asdict(model.config), options=options,
-                record=record)))
-        state["history"].append(record)
-        state.update(loss=0.0, best=max(state["best"], record["top1"]))
-        save_run(options, parts, state)
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
-        first, began = state["step"], time.monotonic()
     print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
 
 
