@@ -15,8 +15,8 @@ Letters: b batch, n heads, l tokens (h * w), d channels of a head, c clusters, m
 Departures from the paper's text: the default is the model that the authors released, since that one
 has the reported sizes. It adds rotary position embedding, a convolution in the FFN, a wider head,
 LayerScale in Base and Large, and has no GELU after the last stem convolution; `PAPER_TEXT` undoes
-these. Appendix E's `forward` returns a name it never sets and leaves LCE out; Eq. 6 is followed
-here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is right.
+all but LayerScale. Appendix E's `forward` returns a name it never sets and leaves LCE out; Eq. 6
+is followed here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is right.
 """
 
 import argparse
