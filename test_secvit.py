@@ -1033,6 +1033,9 @@ def running(tmp_path_factory, request):
     yield {path: pool.submit(run_notebook, path, tmp_path_factory.mktemp(path.stem))
            for path in LONGEST_FIRST if path in chosen}
     pool.shutdown(cancel_futures=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # and what train.py does at its own end:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
