@@ -349,7 +349,8 @@ class SecViT(nn.Module):
         Strides are 4, 8, 16, 32; sizes round up (down if `conv_stem` is off). The maps are in
         channels_last memory: `flatten` them, `view` fails. ValueError for an empty batch, sides
         below 32, other channels. torch.compile makes a graph for each picture size, since one for
-        all takes too long to build. torch.export takes any batch, and sides in multiples of 32.
+        all takes too long to build. torch.export takes any batch (torch 2.11: from 2 up), and sides
+        in multiples of 32.
         """
         channels = self.config.in_channels
         if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] != channels or min(x.shape[2:]) < 32:
