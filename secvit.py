@@ -451,6 +451,6 @@ if __name__ == "__main__":
     print("             parameters  multiply-adds  without QK^T, AV | params   FLOPs   top-1")
     for variant, (params, flops, top1) in REPORTED.items():
         with torch.device("meta"):  # shapes without numbers
-            total, macs, attention = count(create_secvit(variant))
-        print(f"SecViT-{variant:5}{total:11,}{macs / 1e9:13.3f} G{(macs - attention) / 1e9:16.3f} G"
+            total, macs, products = count(create_secvit(variant))
+        print(f"SecViT-{variant:5}{total:11,}{macs / 1e9:13.3f} G{(macs - products) / 1e9:16.3f} G"
               f" |{params:5} M{flops:6} G{top1:6} %")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -160,6 +161,12 @@ def test_counts_of_the_variants(name):
     # The release has Eq. 3's product with the centre as a matrix product, which a counter sees.
     center = sum(d * dim * l for d, dim, l in zip(config.depths, config.dims, (3136, 784, 196)))
     assert n == parameters and abs((macs + center) / 1e9 - released) < 6e-4
+
+
+def test_the_file_prints_its_counts(capsys):
+    runpy.run_path(str(HERE / "secvit.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(f"{name:5}{COUNTS[name][0]:11,}" in printed for name in VARIANTS)
 
 
 def test_counts_of_table_6():
