@@ -286,8 +286,8 @@ def load_pictures(data):
         _, make, *parts = DATA[data]
         try:
             parts = [make("data", download=True, **part) for part in parts]
-        except RuntimeError as error:
-            raise ValueError(f"--data {data}: {error}")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--data {data} cannot be downloaded into data: {error}")
     elif Path(data).is_dir():
         parts = [datasets.ImageFolder(Path(data, part)) for part in ("train", "val")]
     else:
