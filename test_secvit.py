@@ -810,12 +810,12 @@ def test_repeated_augmentation_deals_copies_to_different_places(monkeypatch):
 
 def test_a_step_has_the_same_pictures_on_any_processes_in_any_turns(monkeypatch):
     def steps(world, turns):
-        micro = 12 // world // turns
+        micro = math.ceil(12 / world / turns)
         hands = [keys(monkeypatch, 50, rank, world, 12, micro) for rank in range(world)]
         return [sorted(sum((batch for hand in hands for batch in hand[i : i + turns]), []))
                 for i in range(0, len(hands[0]), turns)]
     assert len(steps(1, 1)) == 4
-    assert steps(1, 1) == steps(1, 6) == steps(2, 3) == steps(4, 1)
+    assert steps(1, 1) == steps(1, 6) == steps(2, 3) == steps(4, 1) == steps(5, 1)
 
 
 @pytest.mark.parametrize("pictures", [3, 200])

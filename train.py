@@ -439,9 +439,10 @@ def evaluate(models, pictures, options):
     mine = [(index,) for index in range(RANK, len(pictures), WORLD)]
     _, crop, _ = transforms(options)
     for batch, labels in loader(pictures, crop, options, sampler=mine, batch_size=options["micro"]):
+        batch = batch.to(DEVICE, non_blocking=True)
         for i, model in enumerate(models):
             with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
-                logits = model(batch.to(DEVICE, non_blocking=True))
+                logits = model(batch)
             counts[i] += (logits.argmax(1).cpu() == labels).sum()
         counts[-1] += len(labels)
     *right, number = total(*counts)
