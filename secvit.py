@@ -6,11 +6,13 @@ Vision Transformer", arXiv 2405.13337.
 The mean of the keys is the one cluster centre. Tokens are sorted by their cosine similarity to it,
 once, in each head. The sorted sequence is cut into equal pieces, and attention runs inside each.
 
-Letters: b batch, n heads, l tokens (h * w), d channels of a head, c clusters, m tokens a cluster.
+Axis names: b batch, n heads, l tokens (h * w), d channels of a head, c clusters, m tokens of a
+cluster.
 
     model = secvit_tiny(num_classes=10)
-    logits = model(images)                  # (b 3 height width) -> (b 10), any sides from 32 up
+    logits = model(images)                  # (b 3 height width) -> (b 10), 32 pixels or more
     maps = model.forward_features(images)   # {"0": stride 4, ..., "3": stride 32}, as an FPN wants
+    features = maps["3"].mean((2, 3))       # (b 512), for k-NN or a linear probe
 
 Departures from the paper's text: the default is the model that the authors released, since that one
 has the reported sizes. It adds rotary position embedding, a convolution in the FFN, a wider head,
@@ -20,12 +22,11 @@ is followed here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is 
 """
 
 import argparse
+import re
 import textwrap
-from collections import OrderedDict
-from dataclasses import dataclass, replace
 from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -40,43 +41,51 @@ from torchvision.ops import StochasticDepth
 
 @dataclass(frozen=True)
 class SecViTConfig:
-    """All that makes a SecViT; lists have an entry a stage. ValueError for what cannot be built."""
+    """All that defines a SecViT; each list has one entry per stage. ValueError for bad values."""
 
     depths: tuple = (2, 2, 9, 2)  # blocks
     dims: tuple = (64, 128, 256, 512)  # channels
     heads: tuple = (2, 4, 8, 16)
     clusters: tuple = (32, 8, 2, 1)  # Table 7; 1 is full attention
-    cluster_size: int = 0  # most tokens of a cluster, by more clusters; 98 is 224 px; 0: any number
-    ffn_ratio: float = 3  # hidden channels of the FFN for each channel
-    drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0
+    # Upper limit on tokens per cluster, which adds clusters; 98 matches 224 px; 0: no limit
+    cluster_size: int = 0
+    ffn_ratio: float = 3  # hidden channels of the FFN, relative to its input
+    drop_path: float = 0.0  # stochastic depth of the last block; the rate rises linearly from 0
     num_classes: int = 1000  # 0: no head, the model returns its feature maps
     in_channels: int = 3
-    conv_stem: bool = True  # Table 6; off: 4x4 patch embedding and 2x2 patch merging
+    conv_stem: bool = True  # Table 6; False: 4x4 patch embedding and 2x2 patch merging
     cpe: bool = True  # Table 6
     lce: bool = True  # Table 6
-    # What the release has and the text has not:
+    # Parts of the released model that the text does not mention:
     rope: bool = True  # rotary position embedding of queries and keys
     ffn_conv: bool = True  # 3x3 depth-wise convolution in the FFN
     head_width: int = 1024  # channels of a 1x1 convolution before the classifier; 0: none
-    layer_scale: tuple = (0, 0, 0, 0)  # first value of LayerScale; 0: none
-    stem_gelu: bool = False  # what the text has and the release has not: a GELU after the stem
+    layer_scale: tuple = (0, 0, 0, 0)  # initial value of LayerScale; 0: none
+    # A part of the text that the released model does not have:
+    stem_gelu: bool = False  # GELU after the last convolution of the stem
 
     def __post_init__(self):
         lists = {name: tuple(getattr(self, name))
                  for name in ("depths", "dims", "heads", "clusters", "layer_scale")}
-        vars(self).update(lists)  # JSON's lists become tuples
+        for name, entries in lists.items():  # JSON's lists become tuples
+            object.__setattr__(self, name, entries)
         if len({len(entries) for entries in lists.values()}) > 1 or not self.depths:
-            raise ValueError(f"one entry a stage is needed in each of {lists}")
-        if min(*self.depths, *self.dims, *self.heads, *self.clusters, self.in_channels) < 1:
-            raise ValueError(f"{lists}, in_channels={self.in_channels}: must be 1 or more")
+            raise ValueError(f"these lists must have one entry per stage: {lists}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = field.name in ("depths", "dims", "heads", "clusters", "in_channels")
+            if not all(entry >= least for entry in (value if field.name in lists else [value])):
+                raise ValueError(f"{field.name} {value}: must be {least:d} or more")
         for dim, heads in zip(self.dims, self.heads):
-            if dim % heads or self.rope and dim // heads % 4 or self.conv_stem and self.dims[0] % 2:
-                raise ValueError(f"dims {self.dims}, heads {self.heads}: {dim} must divide by "
-                                 f"{heads} (4 times that with rope), dims[0] by 2 with conv_stem")
-        numbers = self.num_classes, self.head_width, self.cluster_size, *self.layer_scale
-        if not (0 <= self.drop_path < 1 and self.ffn_ratio * min(self.dims) >= 1
-                and min(numbers) >= 0):
-            raise ValueError(f"a number below 0, drop_path not below 1, or tiny ffn_ratio: {self}")
+            factor = heads * 4 if self.rope else heads
+            if dim % factor:
+                raise ValueError(f"dims {self.dims}, heads {self.heads}: {dim} must be a multiple "
+                                 f"of {factor}, its heads{' times 4, for rope' * self.rope}")
+        if self.conv_stem and self.dims[0] % 2:
+            raise ValueError(f"dims {self.dims}: the first must be even, for conv_stem")
+        if self.drop_path >= 1 or self.ffn_ratio * min(self.dims) < 1:
+            raise ValueError(f"drop_path {self.drop_path} must be below 1, and ffn_ratio "
+                             f"{self.ffn_ratio} must leave the FFN a channel")
 
 
 LATE = (0, 0, 1e-6, 1e-6)
@@ -98,11 +107,13 @@ PAPER_TEXT = dict(rope=False, ffn_conv=False, head_width=0, stem_gelu=True)
 
 def similarity(k):
     """Cosine similarity of each token to its head's centre. Keys (b n l d) -> (b n l), float32."""
-    # A token's channels lie together in memory in this order, which makes the norm twice as fast.
-    k = rearrange(k, "b n l d -> b l n d").to(torch.promote_types(k.dtype, torch.float32))
-    center = k.mean(dim=1, keepdim=True)  # Eq. 2
-    # Multiplied and summed, since autocast would round a matrix product to half precision.
-    sim = (k * F.normalize(center, dim=-1)).sum(-1) / k.norm(dim=-1).clamp_min(1e-12)  # Eq. 3
+    # Half precision is read as it is and added up in float32; a matrix product would be rounded.
+    precise = torch.float64 if k.dtype == torch.float64 else torch.float32
+    k = rearrange(k, "b n l d -> b l n d")  # the order in memory, in which the norm is fastest
+    center = k.mean(dim=1, keepdim=True, dtype=precise)  # Eq. 2
+    lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=precise) for x in (k, center)]
+    product = torch.mul(*lengths).clamp_min(torch.finfo(precise).tiny)
+    sim = (k * center).sum(-1) / product  # Eq. 3
     return rearrange(sim, "b l n -> b n l")
 
 
@@ -116,40 +127,75 @@ def cluster_labels(k, clusters):
     order = cluster_order(k)
     pieces = torch.zeros_like(order[0, 0]).tensor_split(min(clusters, order.shape[-1]))
     label = torch.cat([piece + number for number, piece in enumerate(pieces)])
-    return torch.empty_like(order).scatter_(-1, order, label.expand_as(order))
+    return order.scatter(-1, order, label.expand_as(order))
 
 
-def group(x, order, clusters):
-    """Sorts the tokens of each head and cuts the sequence into c = min(clusters, l) clusters.
+def row_numbers(order):
+    """Rows of each token before and after sorting. (b n l) -> two (b n l), for `permute_rows`.
 
-    x (b n l d), order (b n l) -> [((b c) n m d)], one tensor where c divides l. Else two, clusters
-    of m + 1 tokens before those of m, as torch.tensor_split does: nothing to pad, nothing to mask.
-    """
-    x, l = sort(x, order), order.shape[-1]  # Eq. 3: Q*, K*, V*
-    c = min(clusters, l)
-    m, longer = l // c, l % c
-    parts = x.split([longer * (m + 1), l - longer * (m + 1)], dim=2)
-    return [rearrange(part, "b n (c m) d -> (b c) n m d", m=size)  # Eq. 4
-            for part, size in zip(parts, (m + 1, m)) if part.shape[2]]
-
-
-def ungroup(parts, order):
-    """Puts grouped tokens back into their places. [((b c) n m d)], order (b n l) -> (b n l d)."""
-    parts = [rearrange(part, "(b c) n m d -> b n (c m) d", b=order.shape[0]) for part in parts]
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    inverse = torch.empty_like(order).scatter_(-1, order, place)  # a second sort would cost more
-    return sort(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0], inverse)
-
-
-def sort(x, order):
-    """Token order[b, n, i] of head n becomes its token i. x (b n l d), order (b n l) -> as x.
-
-    The channels of a head move as one row, which is several times as fast as `gather`.
+    A row is the d channels of one token in one head. In memory, rows have the order (b l n) before
+    sorting and (b n l) after it. Each result is the inverse permutation of the other.
     """
     b, n, l = order.shape
-    picture, head = (torch.arange(size, device=x.device) for size in (b, n))
-    rows = rearrange((picture[:, None, None] * l + order) * n + head[:, None], "b n l -> (b l n)")
-    x = rearrange(x, "b n l d -> (b l n) d").index_select(0, rows)
+    numbers = torch.arange(order.numel(), device=order.device)
+    first = rearrange(numbers, "(b l n) -> b n l", b=b, n=n)[..., :1]  # of each picture and head
+    before = torch.add(first, order, alpha=n).flatten()
+    after = before.scatter(0, before, numbers)  # a second sort would cost more
+    return before.view(b, n, l), after.view(b, n, l)
+
+
+class PermuteRows(torch.autograd.Function):
+    """index_select of rows. With the inverse permutation at hand, its gradient selects rows, too,
+    where torch's own adds them to zeros, which on a GPU takes atomic operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, rows, inverse):
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, inverse = ctx.saved_tensors
+        return PermuteRows.apply(gradient, inverse, rows), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return PermuteRows.apply(tangent, *ctx.saved_tensors)
+
+
+@torch.compiler.allow_in_graph
+def permute_rows(x, rows, inverse):
+    return PermuteRows.apply(x, rows.flatten(), inverse.flatten())
+
+
+def group(x, rows, clusters):
+    """Sorts the tokens of each head and cuts the sequence into c = min(clusters, l) clusters.
+
+    x (b n l d), rows from `row_numbers` -> [(b (n c) m d)], one tensor where c divides l. Else two,
+    clusters of m + 1 tokens before those of m, as torch.tensor_split does: nothing to pad or mask.
+    """
+    b, n, l, _ = x.shape
+    x = permute_rows(rearrange(x, "b n l d -> (b l n) d"), *rows)
+    x = rearrange(x, "(b n l) d -> b n l d", b=b, n=n)  # Eq. 3: Q*, K*, V*
+    c = min(clusters, l)
+    m, longer = l // c, l % c
+    parts = x.tensor_split([longer * (m + 1)], dim=2) if longer else [x]
+    return [rearrange(part, "b n (c m) d -> b (n c) m d", m=size)  # Eq. 4
+            for part, size in zip(parts, (m + 1, m) if longer else (m,))]
+
+
+def ungroup(parts, rows):
+    """Puts grouped tokens back into their places. [(b (n c) m d)], rows -> (b n l d)."""
+    b, n, _ = rows[0].shape
+    parts = [rearrange(part, "b (n c) m d -> b n (c m) d", n=n) for part in parts]
+    x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    x = permute_rows(rearrange(x, "b n l d -> (b n l) d"), *reversed(rows))
     return rearrange(x, "(b l n) d -> b n l d", b=b, n=n)
 
 
@@ -157,37 +203,48 @@ def sort(x, order):
 
 
 def rotation(h, w, d, like):
-    """Cosine and sine of the rotary angles, (h w 1 d/2 2), in float32 at least.
+    """Cosine and sine of each channel's rotary angle, (2 h w 1 d), in the dtype of `like`.
 
-    The first half of the channel pairs turns with the row, the second with the column, at
-    frequencies from 1 down to 1 / 10000. Not in the paper: it is what the release does.
+    Not in the paper: it is what the release does. The first half of the channels turns with the
+    row, the second with the column, at frequencies from 1 down to 1 / 10000. Adjacent channels are
+    a point in a plane: they have opposite angles here, so that the sine has the sign it needs.
     """
-    at = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    frequency = 10000 ** -torch.linspace(0, 1, d // 4, **at)
-    row, column = (torch.arange(size, **at)[:, None] * frequency for size in (h, w))
-    angle = torch.cat((row[:, None].expand(h, w, -1), column.expand(h, w, -1)), dim=-1)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)[:, :, None]
+    precise = torch.float64 if like.dtype == torch.float64 else torch.float32
+    frequency = torch.logspace(0, -4, d // 4, dtype=precise, device=like.device)
+    frequency = torch.stack((-frequency, frequency), dim=-1).flatten()
+    angle = torch.arange(max(h, w), dtype=precise, device=like.device)[:, None] * frequency
+    turn = torch.stack((angle.cos(), angle.sin())).to(like.dtype)
+    row, column = turn[:, :h, None].expand(2, h, w, -1), turn[:, None, :w].expand(2, h, w, -1)
+    return torch.cat((row, column), dim=-1)[..., None, :]
 
 
 def rotate(x, turn):
     """Turns adjacent channels as points in a plane. x (b h w n d), turn from `rotation` -> as x."""
-    x = rearrange(x.to(turn.dtype, copy=True), "b h w n (p two) -> b h w n p two", two=2)
-    if torch.compiler.is_compiling():  # it fuses real numbers; eager is faster with complex ones
-        (x1, x2), (cos, sin) = x.unbind(-1), turn.unbind(-1)
-        x = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-    else:  # in the copy, since fresh memory would cost more than the product
-        x = torch.view_as_real(torch.view_as_complex(x).mul_(torch.view_as_complex(turn)))
-    return rearrange(x, "b h w n p two -> b h w n (p two)")
+    cos, sin = turn.type_as(x)
+    points = rearrange(x, "b h w n (p two) -> b h w n p two", two=2)
+    if x.itemsize >= 4 and not torch.compiler.is_compiling():  # where complex numbers are fast
+        turn = torch.complex(cos[..., 1::2], sin[..., 1::2])
+        points = torch.view_as_real(torch.view_as_complex(points) * turn)
+        return rearrange(points, "b h w n p two -> b h w n (p two)")
+    swapped = rearrange(points.flip(-1), "b h w n p two -> b h w n (p two)")
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depth-wise convolution on tokens, (b h w c) -> (b h w c)."""
+    """A depth-wise convolution on tokens, (b h w c) -> (b h w c). `residual` adds its input."""
 
-    def __init__(self, dim, kernel):
+    def __init__(self, dim, kernel, *, residual=False):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.residual = residual
 
-    def forward(self, x):  # tokens are a picture in channels_last memory: nothing is copied
-        return rearrange(super().forward(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+    def forward(self, x):
+        weight = self.weight
+        if self.residual:  # a one in the middle of the kernel, which saves a pass over the tokens
+            taps = weight[0].numel()
+            one = torch.eye(taps, dtype=weight.dtype, device=weight.device)[taps // 2]
+            weight = weight + one.view_as(weight[0])
+        x = rearrange(x, "b h w c -> b c h w")  # a picture in channels_last memory, without a copy
+        return rearrange(self._conv_forward(x, weight, self.bias), "b c h w -> b h w c")
 
 
 def attention(q, k, v):
@@ -218,13 +275,15 @@ class SECA(nn.Module):
     def forward(self, x, turn=None):
         """(b h w c) -> (b h w c)."""
         q, k, v = self.qkv(x, turn)
-        clusters = max(self.clusters, -(-k.shape[2] // (self.cluster_size or k.shape[2])))
+        clusters = self.clusters
+        if self.cluster_size:  # as many as keep to the limit
+            clusters = max(clusters, (k.shape[2] - 1) // self.cluster_size + 1)
         if clusters > 1:
-            order = cluster_order(k)  # Eq. 2, 3
-            parts = zip(*(group(t.type_as(v), order, clusters) for t in (q, k, v)))  # Eq. 3, 4
-            y = ungroup([attention(*part) for part in parts], order)  # Eq. 5
+            rows = row_numbers(cluster_order(k))  # Eq. 2, 3
+            parts = zip(*(group(t, rows, clusters) for t in (q, k, v)))  # Eq. 3, 4
+            y = ungroup([attention(*part) for part in parts], rows)  # Eq. 5
         else:
-            y = attention(q.type_as(v), k.type_as(v), v)
+            y = attention(q, k, v)
         y, v = (rearrange(t, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for t in (y, v))
         return self.out_proj(y if self.lce is None else y + self.lce(v))  # Eq. 6
 
@@ -238,11 +297,11 @@ class FFN(nn.Module):
     def __init__(self, dim, hidden, *, conv):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.dwconv = DepthwiseConv(hidden, 3) if conv else None
+        self.dwconv = DepthwiseConv(hidden, 3, residual=True) if conv else None
 
     def forward(self, x):
         x = F.gelu(self.fc1(x))
-        return self.fc2(x if self.dwconv is None else self.dwconv(x).add_(x))  # saves memory
+        return self.fc2(x if self.dwconv is None else self.dwconv(x))
 
 
 class LayerScale(nn.Module):
@@ -296,7 +355,7 @@ def embedding(inputs, dim, stride, *, conv_stem, gelu):
 class Stage(nn.Module):
     """An embedding that lowers the resolution, then blocks. (b c h w) -> (b c' h' w')."""
 
-    def __init__(self, embed, blocks, rotary_dim):
+    def __init__(self, embed, blocks, rotary_dim):  # channels of a head; 0: no rotary embedding
         super().__init__()
         self.embed, self.blocks, self.rotary_dim = embed, nn.ModuleList(blocks), rotary_dim
 
@@ -325,7 +384,7 @@ class SecViT(nn.Module):
                       cluster_size=cfg.cluster_size, drop_path=next(rates), cpe=cfg.cpe,
                       layer_scale=cfg.layer_scale[i], lce=cfg.lce, ffn_conv=cfg.ffn_conv)
                 for _ in range(cfg.depths[i])]
-            self.stages.append(Stage(embed, blocks, cfg.rope and dim // cfg.heads[i]))
+            self.stages.append(Stage(embed, blocks, dim // cfg.heads[i] if cfg.rope else 0))
             inputs = dim
         wide = cfg.head_width
         self.head = nn.Sequential(
@@ -344,21 +403,21 @@ class SecViT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward_features(self, x):
-        """Pictures (b in_channels height width) -> {"0": (b c h w), ...}, a map for each stage.
+        """Pictures (b in_channels height width) -> {"0": (b c h w), ...}, one map for each stage.
 
-        Strides are 4, 8, 16, 32; sizes round up (down if `conv_stem` is off). The maps are in
-        channels_last memory: `flatten` them, `view` fails. ValueError for an empty batch, sides
-        below 32, other channels. torch.compile makes a graph for each picture size, since one for
-        all takes too long to build. torch.export takes any batch (torch 2.11: from 2 up), and sides
-        in multiples of 32.
+        The strides are 4, 8, 16 and 32; sizes are rounded up (down without `conv_stem`). The maps
+        are in channels_last memory: `flatten` works on them, `view` does not. ValueError for an
+        empty batch, a side below 32 or another number of channels. torch.compile builds one graph
+        per picture size, since a graph for all sizes takes too long to build. torch.export takes
+        any batch (with torch 2.11, of 2 or more) and sides that are multiples of 32.
         """
         channels = self.config.in_channels
         if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] != channels or min(x.shape[2:]) < 32:
             raise ValueError(f"resize or convert pictures {tuple(x.shape)} to (batch of 1 or more, "
                              f"{channels}, height, width) with sides of 32 or more")
-        if torch.compiler.is_dynamo_compiling():
-            _ = [index(side) for side in x.shape[2:]]  # the compiler takes them as constants
-        x, maps = x.contiguous(memory_format=torch.channels_last), OrderedDict()
+        if torch.compiler.is_dynamo_compiling():  # makes torch.compile specialise on the size
+            x = x.reshape(*x.shape[:2], *map(int, x.shape[2:]))
+        x, maps = x.contiguous(memory_format=torch.channels_last), {}
         for i, stage in enumerate(self.stages):
             maps[str(i)] = x = stage(x)
         return maps
@@ -398,21 +457,35 @@ def read_checkpoint(path):
 
 
 def load_weights(model, checkpoint, *, new_head=False):
-    """Fills the model from ours or from the released weights; a backbone leaves the head's out.
+    """Loads our weights or the released ones into the model; a backbone ignores the head's.
 
-    checkpoint: a file or a state dict, also under the key "model" or else "model_ema". ValueError
-    names missing, unexpected and misshapen keys, and leaves the model as it was; new_head=True
-    keeps the model's own classifier where class counts differ. Returns whether that was so.
+    checkpoint: a file, or a dict of weights, which may lie under "model", "model_ema" or
+    "state_dict", with names that may begin with "module." (DDP) or "_orig_mod." (torch.compile).
+    With new_head=True the model keeps its own classifier where the number of classes differs;
+    returns whether it did. ValueError names the weights that are missing, unexpected or of another
+    shape, or the fields in which the checkpoint's configuration computes something else, and
+    leaves the model as it was.
     """
     checkpoint = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
-    own, given = model.state_dict(), {}
-    for key, value in checkpoint.get("model", checkpoint.get("model_ema", checkpoint)).items():
-        key = "." + key
+    own, config, given = model.state_dict(), asdict(model.config), {}
+    if "config" in checkpoint:  # ours; a field that is newer than the checkpoint has its default
+        theirs = asdict(SecViTConfig()) | checkpoint["config"]
+        free = {"num_classes", "drop_path", "layer_scale", "" if model.head else "head_width"}
+        other = [f"{name} {theirs[name]}, not {config[name]}" for name in config
+                 if theirs[name] != config[name] and name not in free]
+        if other:
+            raise ValueError(f"this checkpoint's model has {'; '.join(other)}: build that one, or "
+                             "load only what lies under \"model\" if you know that it fits")
+    checkpoint = next((checkpoint[name] for name in ("model", "model_ema", "state_dict")
+                       if isinstance(checkpoint.get(name), dict)), checkpoint)
+    for key, value in checkpoint.items():
+        key = "." + re.sub(r"^((module|_orig_mod)\.)*", "", str(key))
         for theirs, ours in RELEASED_NAMES:
             key = key.replace(theirs, ours)
         key = key[1:]
-        if key.endswith("RoPE.angle") or key.startswith("head.") and not model.head:
-            continue  # computed here; not wanted
+        if (key.endswith("RoPE.angle") or key == "n_averaged" or not torch.is_tensor(value)
+                or key.startswith("head.") and not model.head):
+            continue  # is computed here, or has no place in the model
         for name, weight in zip("qkv", value.chunk(3)) if ".qkv." in key else [("qkv", value)]:
             name = key.replace("qkv", name)
             if name in own and weight.squeeze().shape == own[name].squeeze().shape:
@@ -441,9 +514,9 @@ def count(model, size=224):
     with counter, sdpa_kernel(SDPBackend.MATH):  # attention as the two products it stands for
         model.eval()(picture)
     model.train(training)
-    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    products = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
     parameters = sum(p.numel() for p in model.parameters())
-    return parameters, counter.get_total_flops() // 2, attention // 2
+    return parameters, counter.get_total_flops() // 2, products // 2
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +30,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import ImageFolder
 from torchvision.ops import FeaturePyramidNetwork
 
 import train
 from secvit import (PAPER_TEXT, SECA, VARIANTS, SecViT, SecViTConfig, cluster_labels,
                     cluster_order, count, create_secvit, group, load_weights, rotate, rotation,
-                    similarity, ungroup)
+                    row_numbers, similarity, ungroup)
 
 HERE = Path(__file__).parent
 SMALL = dict(depths=(1, 1, 2, 1), dims=(16, 32, 32, 64), heads=(2, 2, 4, 4), head_width=32,
@@ -59,8 +60,8 @@ def test_clusters_are_equal_pieces_of_the_tokens_by_falling_similarity(l, cluste
     """Equal or, where l does not divide, the first ones longer by a token; also as labels."""
     k = torch.randn(2, 3, l, 8)
     x = torch.stack((similarity(k), cluster_labels(k, clusters)), dim=-1)
-    parts = group(x, cluster_order(k), clusters)
-    pieces = [piece for part in parts for piece in part.unflatten(0, (2, -1)).unbind(1)]
+    parts = group(x, row_numbers(cluster_order(k)), clusters)
+    pieces = [piece for part in parts for piece in part.unflatten(1, (3, -1)).unbind(2)]
     expected = similarity(k).sort(descending=True).values.tensor_split(min(clusters, l), dim=-1)
     assert len(pieces) == len(expected)
     for number, (piece, sim) in enumerate(zip(pieces, expected)):
@@ -69,8 +70,8 @@ def test_clusters_are_equal_pieces_of_the_tokens_by_falling_similarity(l, cluste
 
 @SIZES
 def test_ungroup_after_group_is_the_identity(l, clusters):
-    x, order = torch.randn(2, 3, l, 4), torch.rand(2, 3, l).argsort(dim=-1)
-    assert torch.equal(ungroup(group(x, order, clusters), order), x)
+    x, rows = torch.randn(2, 3, l, 4), row_numbers(torch.rand(2, 3, l).argsort(dim=-1))
+    assert torch.equal(ungroup(group(x, rows, clusters), rows), x)
 
 
 def test_similarity_is_the_cosine_to_the_mean_key_of_the_head():
@@ -296,6 +297,32 @@ def test_functional_transforms_work():
     torch.testing.assert_close(slope, (gradient * direction).sum())
 
 
+class Operations(TorchDispatchMode):
+    """The names of all operations, also of the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        accumulate = "index_put" in str(operation) and len(args) > 3 and args[3]
+        self.names.add(operation._schema.name + " accumulate" * accumulate)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("changes", [{}, dict(cluster_size=5, rope=False), dict(conv_stem=False)])
+def test_no_gradient_adds_in_an_order_that_differs_from_run_to_run(changes):
+    """On a GPU these operations are atomic; that of index_select is the one to avoid."""
+    model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-2,) * 4, drop_path=0.1, **changes))
+    with Operations() as operations:
+        model(torch.randn(2, 3, 72, 64)).square().sum().backward()
+        torch.zeros(3, requires_grad=True).index_select(0, torch.zeros(2, dtype=int)).sum().backward()
+    atomic = {"aten::index_add", "aten::index_add_", "aten::scatter_add", "aten::scatter_add_"}
+    assert "aten::index_select" in operations.names
+    assert operations.names & atomic == {"aten::index_add"}  # of the last line above, not the model
+    assert not any("accumulate" in name for name in operations.names)
+
+
 def test_nothing_is_made_on_another_device_and_nothing_waits_for_it():
     """On fake CUDA tensors both are errors, on any machine."""
     model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4, drop_path=0.1)).bfloat16()
@@ -329,7 +356,7 @@ def small(*shape):
 
 @pytest.mark.parametrize("make, words", [
     (lambda: create_secvit("huge"), ["'huge'", "tiny, small, base, large"]),
-    (lambda: SecViTConfig(depths=(2, 2)), ["entry a stage", "(2, 2)"]),
+    (lambda: SecViTConfig(depths=(2, 2)), ["one entry per stage", "(2, 2)"]),
     (lambda: SecViTConfig(dims=(60, 128, 256, 512), heads=(7, 4, 8, 16)), ["60", "7"]),
     (lambda: SecViTConfig(dims=(12, 24, 48, 96)), ["12", "rope"]),
     (lambda: SecViTConfig(clusters=(32, 8, 0, 1)), ["clusters", "1 or more"]),
@@ -434,6 +461,33 @@ def test_wrong_weights_are_named_and_change_nothing():
                   "Unexpected key(s) in state_dict: \"extra.weight\"", "size mismatch for head.5"):
         assert words in str(error.value)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"module." + name: weight for name, weight in weights.items()},
+    lambda weights: {"_orig_mod.module." + name: weight for name, weight in weights.items()},
+    lambda weights: dict(state_dict=weights, epoch=3, arch="secvit"),
+    lambda weights: dict(model={"module." + name: weight for name, weight in weights.items()})])
+def test_weights_load_from_any_training_script(wrap, tmp_path):
+    model, other = SecViT(SecViTConfig(**SMALL)), SecViT(SecViTConfig(**SMALL))
+    torch.save(wrap(model.state_dict()), tmp_path / "weights.pt")
+    assert not load_weights(other, tmp_path / "weights.pt")
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("field, there, here", [
+    ("clusters", (8, 4, 2, 1), (32, 8, 2, 1)), ("cluster_size", 98, 0), ("rope", False, True),
+    ("heads", (1, 2, 4, 4), (2, 2, 4, 4))])
+def test_weights_of_a_model_that_computes_something_else_are_refused(field, there, here):
+    other = SecViT(SecViTConfig(**SMALL | {field: there}, drop_path=0.3))
+    checkpoint = dict(model=other.state_dict(), config=asdict(other.config))
+    model = SecViT(SecViTConfig(**SMALL | {field: here}))
+    with pytest.raises(ValueError, match=re.escape(f"{field} {there}, not {here}")):
+        load_weights(model, checkpoint)
+    load_weights(model, checkpoint["model"])  # whoever knows that they fit
+    del checkpoint["config"][field]  # from before the field was there: its default
+    if here == getattr(SecViTConfig(), field):
+        load_weights(model, checkpoint)
 
 
 def test_weights_load_into_a_backbone_and_under_a_new_head():
