@@ -171,6 +171,8 @@ class PermuteRows(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def permute_rows(x, rows, inverse):
+    if torch.jit.is_tracing():  # a trace holds torch's own operations only
+        return x.index_select(0, rows.flatten())
     return PermuteRows.apply(x, rows.flatten(), inverse.flatten())
 
 

@@ -1,18 +1,20 @@
 """Trains SecViT (secvit.py) on real pictures. The recipe is the paper's: DeiT's, in RECIPE.
 
-    python train.py                                  # handwritten digits, on the CPU if need be
-    torchrun train.py --model tiny                   # the same as a job of one process
+    python train.py                                    # handwritten digits, on any laptop
+    torchrun train.py --model tiny                     # the same as a job of one process
+    python train.py --data PICTURES --out runs/mine    # add --weights best.pt to fine-tune
+    python train.py --eval --weights runs/mine/best.pt --data PICTURES
+    python train.py --predict a.jpg b.png --weights runs/mine/best.pt
     torchrun --nproc_per_node=8 train.py --model tiny --data IMAGENET      # the paper's recipe
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py --model base --data IMAGENET --out runs/base              # on each machine
-    python train.py --resume --out runs/base         # goes on where that run stopped
-    python train.py --eval --weights runs/base/best.pt --data IMAGENET
 
-IMAGENET is a folder with train/ and val/, each with a folder of pictures for every class.
+PICTURES and IMAGENET are folders with train/ and val/, each with a folder of pictures per class.
+--out names a run: if that folder holds one, the command goes on with it; if not, it begins.
 
 A run is one loop over steps. The number of a step and the options decide all that happens in it:
 which pictures, how each is augmented, the noise and the learning rate. So a run that starts again
-at step s ends with the same weights, and a checkpoint is s, the options and the parts' states.
+at step s ends with the same weights. A checkpoint is s, the options and the states of the parts.
 """
 
 import argparse
@@ -22,14 +24,18 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
 import zlib
-from dataclasses import asdict, replace
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,21 +43,21 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from secvit import VARIANTS, SecViT, load_weights, read_checkpoint
+from secvit import VARIANTS, SecViT, SecViTConfig, load_weights, read_checkpoint
 
 # ----------------------------------------------------------------------------------------- options
 
 RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "size": (224, 32, 4096, "side of the square pictures in pixels"),
     "epochs": (300, 1, 10**6, "passes over the training pictures"),
-    "batch": (1024, 1, 2**20, "pictures an optimiser step, over all processes"),
-    "micro": (128, 1, 2**20, "pictures a process takes at once; gradients add up to --batch"),
+    "batch": (1024, 1, 2**20, "pictures per optimiser step, over all processes"),
+    "micro": (128, 1, 1024, "pictures that a process takes at once; gradients add up to --batch"),
     "lr": (1e-3, 0, 100, "peak learning rate; the default scales with --batch"),
-    "min_lr": (1e-5, 0, 100, "learning rate at the end of the cosine"),
+    "min_lr": (1e-5, 0, 100, "learning rate at the end of the cosine; scales with --batch"),
     "warmup": (5.0, 0, 10**6, "epochs of linear warm-up from 1e-6"),
     "weight_decay": (0.05, 0, 10, "AdamW's; none on parameters of one dimension"),
     "smoothing": (0.1, 0, 0.99, "label smoothing"),
@@ -70,10 +76,15 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
 SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0)
 DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0,
                       rand_augment=0.0, cutmix=0.0)
+FASHION = SMALL | dict(size=32, epochs=10, batch=128, ema=0.998, min_crop=0.8, rand_augment=0.0,
+                       cutmix=0.0, erasing=0.1)
 CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4)
 LARGER = SMALL | dict(size=160, epochs=100, batch=128, min_crop=0.3, center=0.875)
+FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5, rand_augment=0.0, cutmix=0.0)
+FINETUNE = FOLDER | dict(epochs=20, lr=3e-4, min_crop=0.6)
 DATA = {  # what differs from the recipe, torchvision's class, how it calls its two parts
     "digits": (DIGITS, None, None, None),
+    "fashion": (FASHION, datasets.FashionMNIST, dict(train=True), dict(train=False)),
     "cifar10": (CIFAR, datasets.CIFAR10, dict(train=True), dict(train=False)),
     "cifar100": (CIFAR, datasets.CIFAR100, dict(train=True), dict(train=False)),
     "imagenette": (LARGER, datasets.Imagenette, dict(split="train"), dict(split="val")),
@@ -81,21 +92,41 @@ DATA = {  # what differs from the recipe, torchvision's class, how it calls its 
     "pets": (LARGER, datasets.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
 }
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
-FREE = {"workers", "amp", "compile", "micro", "resume", "out"}  # what a resumed run may change
+FREE = {"epochs", "micro", "workers", "amp", "compile", "out"}  # may change while a run goes on
 
-PARSER = argparse.ArgumentParser(  # without a usage its errors are one line, with exit code 2
-    prog="train.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-PARSER.add_argument("--model", choices=VARIANTS, help="default: tiny")
-PARSER.add_argument("--set", nargs="+", metavar="FIELD=VALUE",
-                    help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1")
-PARSER.add_argument("--data", help=f"a folder, or one of {', '.join(DATA)}; default: digits")
-PARSER.add_argument("--out", help="folder of the run; default: the next free number in runs")
-PARSER.add_argument("--weights", help="a checkpoint to start from or evaluate, ours or released")
-PARSER.add_argument("--resume", action="store_true", help="go on with the run in --out")
-PARSER.add_argument("--eval", action="store_true", help="evaluate --weights and end")
-PARSER.add_argument("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
-PARSER.add_argument("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
+
+class Stopped(Exception):
+    """What ended a command, in one line. `code` is the exit code."""
+
+    code = 1
+
+
+class BadInput(Stopped, ValueError):
+    """Found before anything was done."""
+
+    code = 2
+
+
+def refuse(message):
+    raise ValueError(message)
+
+
+PARSER = argparse.ArgumentParser(
+    prog="train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.error = refuse
+for name, more in {
+        "--model": dict(choices=VARIANTS, help="default: tiny"),
+        "--set": dict(nargs="+", metavar="FIELD=VALUE",
+                      help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1"),
+        "--data": dict(help=f"a folder, or one of {', '.join(DATA)}; default: digits"),
+        "--out": dict(help="folder of the run; default: the next free number in runs"),
+        "--weights": dict(help="a checkpoint to start from, to evaluate or to predict with"),
+        "--eval": dict(action="store_true", help="evaluate --weights and end"),
+        "--predict": dict(nargs="+", metavar="FILE", help="name the likeliest classes and end"),
+        "--amp": dict(choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU"),
+        "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile")}.items():
+    PARSER.add_argument(name, **more)
 for name, (value, _, _, meaning) in RECIPE.items():
     PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
                         help=f"{meaning}; ImageNet: {value:g}")
@@ -107,89 +138,152 @@ LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this ma
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
-def choose(argv):
-    """The options of a run: what was typed, else its data set's, else the recipe's."""
+def parse(argv):
+    """What was typed, within its bounds."""
     given = vars(PARSER.parse_args(argv))
-    for name, (_, low, high, _) in RECIPE.items():
-        if name in given and not low <= given[name] <= high:
+    for name in RECIPE.keys() & given.keys():
+        _, low, high, _ = RECIPE[name]
+        if not low <= given[name] <= high:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} {given[name]} is not in {low} to {high}")
-    if given.get("resume"):
-        if "out" not in given or given.keys() - FREE:
-            raise ValueError("--resume needs --out, and has its other options from the run; only "
-                             "--amp, --compile, --micro and --workers may be new")
-        return load(Path(given["out"], "last.pt"))["options"] | given
-    if given.get("eval") and "weights" not in given:
-        raise ValueError("--eval needs --weights, a checkpoint")
+    if given.keys() & {"eval", "predict"} and "weights" not in given:
+        raise ValueError("--eval and --predict need --weights, a checkpoint")
+    return given
+
+
+def choose(given, pictures=10**6, trained={}, new_classes=False):
+    """The options of a run: what was typed, else its preset's, else the recipe's. And why that one.
+
+    pictures: how many there are to train on; trained: options of the run that made --weights;
+    new_classes: whether that run had other classes, so that this one is fine-tuning.
+    """
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     options = dict(model="tiny", set=[], data="digits", compile=False,
                    amp=half if DEVICE.type == "cuda" else "off")
-    trained = load(given["weights"]).get("options", {}) if "weights" in given else {}
-    kept = {"model", "set"} | ({"data", "size", "center"} if given.get("eval") else set())
-    options |= {name: trained[name] for name in kept & trained.keys()} | given
-    recipe = {name: value for name, (value, *_) in RECIPE.items()}
-    recipe |= DATA.get(options["data"], [{}])[0]
-    scale = options.get("batch", recipe["batch"]) / recipe["batch"]
+    options |= {name: trained[name] for name in ("model", "size", "center") if name in trained}
+    options |= given
+    preset, why = (FOLDER, "fewer than 100,000 pictures") if pictures < 1e5 else ({}, "ImageNet")
+    if options["data"] in DATA:
+        preset, why = DATA[options["data"]][0], options["data"]
+    if new_classes:
+        preset, why = preset | FINETUNE, "fine-tuning, since the weights have other classes"
+    recipe = {name: value for name, (value, *_) in RECIPE.items()} | preset
+    if options["data"] not in DATA:  # few pictures must be seen more often
+        seen = 6000 if new_classes else 48000
+        recipe["epochs"] = max(recipe["epochs"], math.ceil(seen / max(pictures, recipe["batch"])))
+    epochs, batch, size = ((recipe | options)[name] for name in ("epochs", "batch", "size"))
+    if DEVICE.type == "cpu":  # about 1 GB for Tiny
+        recipe["micro"] = max(2, min(128, 8 * 224**2 // size**2))
+    scale = batch / recipe["batch"]
     recipe["lr"] *= scale
-    recipe["ema"] **= scale
-    recipe["warmup"] = min(recipe["warmup"], options.get("epochs", recipe["epochs"]) / 10)
-    return recipe | options
+    recipe["min_lr"] *= scale
+    steps = epochs * max(1, pictures // batch)
+    recipe["ema"] = min(recipe["ema"] ** scale, 1e-4 ** (1 / steps))  # forgets the first weights
+    recipe["warmup"] = min(recipe["warmup"], epochs / 10)
+    return recipe | options, why
 
 
-def model_config(options, classes):
-    """SecViTConfig of the variant with the fields in --set."""
-    try:
-        pairs = [text.partition("=") for text in options["set"]]
-        changes = {name: ast.literal_eval(value) for name, _, value in pairs}
-        return replace(VARIANTS[options["model"]], num_classes=classes, **changes)
-    except Exception as error:  # what literal_eval can raise has no end
-        raise ValueError(f"--set takes FIELD=VALUE; {' '.join(options['set'])}: {error}")
+def model_config(options, checkpoint, classes):
+    """SecViTConfig of the checkpoint, or else of the variant, with the fields in --set."""
+    types = {field.name: field.type for field in fields(SecViTConfig)}
+    trained = checkpoint.get("options", {}).get("model", "tiny")
+    base, changes = VARIANTS[options.get("model", trained)], dict(num_classes=classes)
+    if "config" in checkpoint and options.get("model", trained) == trained:
+        saved = checkpoint["config"]
+        base = SecViTConfig(**{name: saved[name] for name in saved.keys() & types.keys()})
+    for text in options.get("set", ()):
+        name, _, value = text.partition("=")
+        if name not in types.keys() - {"num_classes", "in_channels"}:
+            raise ValueError(f"--set {text}: write FIELD=VALUE with one of {', '.join(types)}; the "
+                             "pictures decide num_classes and in_channels")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except Exception:  # it may raise almost anything
+            changes[name] = None
+        kind, example = type(changes[name]), getattr(base, name)
+        if kind is not types[name] and (kind, types[name]) != (int, float):
+            example = ",".join(map(str, example)) if types[name] is tuple else example
+            raise ValueError(f"--set {text}: write a value like {name}={example}")
+    return replace(base, **changes)
 
 
-def turns(options):
+def micro_steps(options):
     """In how many batches, of --micro pictures or fewer, a process takes its share of a step."""
     return math.ceil(options["batch"] / WORLD / options["micro"])
 
 
-def prepare(argv, store):
-    """What can meet bad input, done by rank 0 before the others join; all errors end here.
+def going_on(given, old):
+    """The options of the run in --out, with those typed that may change."""
+    options = {name: value for name, (value, *_) in RECIPE.items()} | old["options"]
+    for name in sorted(given.keys() - FREE):  # an option that is newer than the run has its default
+        if given[name] != options.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the run in {given['out']} "
+                             f"has {options.get(name)}; for another run choose another --out")
+    step, steps = old.get("state", {}).get("step", 0), old.get("steps", math.inf)
+    if given.get("epochs", math.inf) * steps < step:
+        raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further")
+    return options | {name: given[name] for name in given.keys() & FREE}
 
-    Returns options, model, states to start from, pictures to train on and pictures to evaluate.
+
+def prepare(given, store):
+    """Everything that bad input can break; rank 0 runs it before the others join.
+
+    Returns what a checkpoint says of the run, its model, the states to go on from, the pictures to
+    train on and to evaluate, and the places of their classes among those of the model.
     """
-    try:
-        if store.check(["out"]):  # torchrun has started the run again
-            argv = ["--resume", "--out", store.get("out").decode()]
-        options = choose(argv)
-        resume, new = options.pop("resume", False), not options.get("eval")
-        train_set, val_set, classes = load_pictures(options["data"])
-        config = model_config(options, classes)
-        smallest = options["batch"] // (WORLD * turns(options))  # batch norm may need a larger one
-        if new:
-            with torch.device("meta"):  # shapes without numbers
-                SecViT(config)(torch.empty(smallest, 3, options["size"], options["size"]))
+    if DEVICE.type == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
+        raise ValueError(f"{LOCAL_WORLD} processes for {torch.cuda.device_count()} GPUs: start "
+                         "torchrun with a smaller --nproc_per_node")
+    if store.check(["out"]):  # torchrun has started the run again
+        given["out"] = store.get("out").decode()
+    training = "eval" not in given
+    last = Path(given["out"], "last.pt") if training and "out" in given else None
+    old = load(last) if last and last.exists() else {}
+    options = going_on(given, old) if old else given
+    states = old if "model" in old else {}
+    weights = states or (load(options["weights"]) if "weights" in options else {})
+    trained = weights.get("options", {})
+    data = options.get("data", "digits" if training else trained.get("data", "digits"))
+    train_set, val_set, names = load_pictures(data, training)
+    known = weights.get("classes", names)  # in the order of the classifier
+    classes = old.get("classes", known if {*known} == {*names} or not training else names)
+    strange = sorted({*names} ^ {*classes} if training else {*names} - {*classes})
+    if strange:
+        raise ValueError(f"{data}: the classes {', '.join(strange)} are not both there and in "
+                         f"{last if old else options['weights']}: rename or add their folders")
+    config = model_config(options, old if "config" in old else weights, len(classes))
+    seed_all("weights", options.get("seed", RECIPE["seed"][0]))
+    model = SecViT(config)
+    fresh = {*known} != {*classes} and training
+    if fresh:  # also where there are as many
+        classifier = {name: value for name, value in model.state_dict().items() if "head.5" in name}
+        weights = weights | dict(model=weights["model"] | classifier)
+    if weights:
+        fresh |= load_weights(model, weights, new_head=training and not states)
+    if weights and not states:
+        print(f"weights from {options['weights']}" + "; the classifier is a new one" * fresh)
+    if not old:
+        number = len(train_set) if training else 10**6
+        options, why = choose(given | dict(data=data), number, trained, fresh)
+        print(f"the settings for {why}, and what was typed\n" * training, end="")
+    size, stride = options["size"], 2 ** (1 + len(config.depths))
+    smallest = options["batch"] // WORLD // micro_steps(options)
+    if size < stride or training and smallest < 1 + (size < 2 * stride):
+        raise ValueError(f"batches of {smallest} pictures of --size {size} are too small for batch "
+                         f"norm at stride {stride}: use a larger --micro, --batch or --size")
+    pictures = [describe(part) for part in (train_set, val_set)]
+    if pictures != old.get("pictures", pictures):
+        print("the pictures have changed since the run began; its epochs stay as long as they were")
+    run = dict(options=options, config=asdict(config), classes=classes, pictures=pictures,
+               steps=old.get("steps", max(1, len(train_set or ()) // options["batch"])))
+    if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        last = Path(options.setdefault("out", f"runs/{number}"), "last.pt")
-        states = load(last) if resume else {}
-        seed_all("weights", options["seed"])
-        model = SecViT(config)
-        if "model" in states:
-            load_weights(model, states)
-        elif "weights" in options:
-            other = load_weights(model, load(options["weights"]), new_head=new)
-            said = "; the classifier is a new one" if other else ""
-            print(f"weights from {options['weights']}{said}")
-        if new and not resume:  # the last thing that can fail claims the folder
-            last.parent.mkdir(parents=True, exist_ok=True)
-            with open(last, "xb") as file:
-                torch.save(dict(options=options), file)
-            store.set("out", options["out"])
-        return options, model, states, train_set, val_set
-    except FileExistsError as error:
-        PARSER.error(f"{error.filename} is there: choose another --out, or --resume --out that run")
-    except (KeyError, OSError, ValueError) as error:
-        small = "value per channel" in str(error) or "(0, 3, " in str(error)
-        hint = "; use a larger --micro, --batch or --size" if small else ""
-        PARSER.error(" ".join(str(error).split())[:1000] + hint)
+        out = Path(options.setdefault("out", f"runs/{number}"))
+        out.mkdir(parents=True, exist_ok=True)
+        if not old:  # a kill before the first epoch ends finds the same options
+            save(out / "last.pt", partial(torch.save, run))
+        store.set("out", options["out"])
+    return run, model, states, train_set, val_set, [classes.index(name) for name in names]
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -254,26 +348,64 @@ def transforms(options, classes=None):
             v2.RandomChoice(mixes) if mixes else v2.Identity())
 
 
-class Pictures(Dataset):
-    """(picture, label) for a key (index, *where in the run). OSError names what cannot be read."""
+def as_seen(picture):
+    """RGB as a person sees the picture: turned as its EXIF says, on white where transparent.
 
-    def __init__(self, source, transform):
-        self.source, self.transform = source, transform
+    16 bits of grey are scaled to 8. ValueError for numbers whose range nobody knows.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in "IF":
+        values = np.asarray(picture)
+        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"nobody knows the range of {values.dtype}: save it with 8 or 16 bits")
+        picture = Image.fromarray((values / 257).round().astype("uint8"))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
-    def __getitem__(self, key):
-        seed_all("picture", *key)
-        try:
-            picture, label = self.source[key[0]]
-            picture = picture.convert("RGB")
-        except Exception as error:  # what a damaged picture can raise is not documented
-            name = self.source.samples[key[0]][0] if hasattr(self.source, "samples") else key[0]
-            error = " ".join(str(error).split())
-            raise OSError(f"picture {name} cannot be read, so mend or remove it: {error}")
-        return self.transform(picture), label
+
+def open_picture(path):
+    with Image.open(path) as picture:
+        return as_seen(picture)
 
 
-def load_pictures(data):
-    """The pictures to train on, those to evaluate, the number of classes."""
+class Folder(datasets.ImageFolder):
+    """One part of a data set of one's own, with a folder of pictures for each class.
+
+    What is hidden or unknown to Pillow is left out. ValueError says how the folders should be.
+    """
+
+    def __init__(self, data, part):
+        folders = self.find_classes(data)[0]
+        if part not in folders:
+            others = [name for name in folders if name.lower() in ("valid", "validation", "test")]
+            hint = f": rename {others[-1]}/ to val/" if others and part == "val" else ""
+            raise ValueError(f"{data} needs {part}/ with a folder of pictures for each class{hint}")
+        if not self.find_classes(Path(data, part))[0]:
+            raise ValueError(f"{data}/{part} needs a folder for each class, its pictures in it")
+        endings, self.left_out = Image.registered_extensions(), Counter()
+        self.readable = {ending for ending, name in endings.items() if name in Image.OPEN}
+        super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture)
+        if self.left_out:
+            print(f"{self.left_out.total():,} files in {self.root} are left out, as Pillow cannot "
+                  f"read {', '.join(sorted(self.left_out))}")
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory)
+                       if entry.is_dir() and not entry.name.startswith("."))
+        return names, {name: index for index, name in enumerate(names)}
+
+    def is_picture(self, path):
+        path = Path(path).relative_to(self.root)
+        hidden = any(part.startswith(".") for part in path.parts)
+        readable = path.suffix.lower() in self.readable
+        self.left_out.update([] if hidden or readable else [path.suffix or path.name])
+        return readable and not hidden
+
+
+def load_pictures(data, train=True):
+    """The pictures to train on, or None; those to evaluate; the names of the classes."""
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -281,55 +413,82 @@ def load_pictures(data):
         pictures = [(Image.fromarray((image * 255 / 16).astype("uint8")), int(label))
                     for image, label in zip(bunch.images, bunch.target)]
         parts = train_test_split(pictures, test_size=0.2, stratify=bunch.target, random_state=0)
-        return *parts, len(bunch.target_names)
+        return parts[0] if train else None, parts[1], [str(name) for name in bunch.target_names]
     if data in DATA:
         _, make, *parts = DATA[data]
         try:
-            parts = [make("data", download=True, **part) for part in parts]
+            parts = [make("data", download=True, **part) for part in parts[not train:]]
         except (OSError, RuntimeError) as error:
             raise ValueError(f"--data {data} cannot be downloaded into data: {error}")
     elif Path(data).is_dir():
-        parts = [datasets.ImageFolder(Path(data, part)) for part in ("train", "val")]
+        parts = [Folder(data, part) for part in ("train", "val")[not train:]]
     else:
         raise ValueError(f"--data {data} is no folder and none of {', '.join(DATA)}")
-    ours, theirs = ({*part.classes} for part in parts)
-    if ours != theirs:
-        raise ValueError(f"{data}: not in both train and val are {sorted(ours ^ theirs)}")
-    return *parts, len(ours)
+    names, others = ([name if isinstance(name, str) else ", ".join(name) for name in part.classes]
+                     for part in (parts[0], parts[-1]))
+    if {*names} != {*others}:
+        raise ValueError(f"{data}: not in both train and val are {sorted({*names} ^ {*others})}")
+    if train and len(names) < 2:
+        raise ValueError(f"{data} has one class, {names[0]}: there is nothing to tell it from")
+    return parts[0] if train else None, parts[-1], names
 
 
-def schedule(pictures, options, start=0):
-    """The keys of each batch that this process takes, from step `start` to the end of the run.
+def describe(pictures):
+    """How many pictures there are, and a checksum of their names."""
+    names = [str(Path(path).relative_to(pictures.root).as_posix())
+             for path, _ in getattr(pictures, "samples", ())]
+    return f"{len(pictures or ())} {zlib.crc32(repr(names).encode()):08x}"
 
-    The pictures of a step are dealt like cards to processes and turns, so that it has the same
-    pictures on one process as on many, and the copies of repeated augmentation part.
+
+class Pictures(Dataset):
+    """(picture, label) of a sample (index, *where in the run). Names what cannot be read."""
+
+    def __init__(self, source, places, transform):
+        self.source, self.places, self.transform = source, places, transform
+
+    def __getitem__(self, sample):
+        seed_all("picture", *sample)
+        try:
+            picture, label = self.source[sample[0]]
+            picture = picture.convert("RGB")
+        except Exception as error:  # a damaged picture may raise almost anything
+            index, samples = sample[0], getattr(self.source, "samples", None)
+            raise Stopped(f"picture {samples[index][0] if samples else index} cannot be read, so "
+                          f"mend or remove it: {' '.join(str(error).split())}")
+        return self.transform(picture), self.places[label]
+
+
+def schedule(pictures, steps, options, start=0):
+    """The samples of each batch that this process takes, from step `start` to the end of the run.
+
+    The pictures of a step are dealt round-robin to processes and micro-steps. So a step has the
+    same pictures on one process as on many, and copies of one picture land in different batches.
     """
-    batch, steps = options["batch"], max(1, pictures // options["batch"])
-    hands = WORLD * turns(options)
+    batch, shares = options["batch"], WORLD * micro_steps(options)
     for step in range(start, options["epochs"] * steps):
         epoch, number = divmod(step, steps)
         if step == start or number == 0:
             seed_all("order", options["seed"], epoch)
             order = torch.randperm(pictures).repeat_interleave(options["repeats"])
-            order = order.repeat(math.ceil(batch / len(order)))  # fewer pictures than a batch
-        for hand in range(RANK, hands, WORLD):
-            places = range(number * batch + hand, (number + 1) * batch, hands)
+            order = order.repeat(math.ceil(steps * batch / len(order)))  # fewer than an epoch needs
+        for share in range(RANK, shares, WORLD):
+            places = range(number * batch + share, (number + 1) * batch, shares)
             yield [(int(order[place]), options["seed"], epoch, place) for place in places]
 
 
-def loader(pictures, transform, options, **keys):
-    """Batches of pictures and labels, read by other processes in the order of the keys."""
+def loader(pictures, options, **sampling):
+    """Batches of pictures and labels, read by processes that live as long as the loader."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options["workers"] if options["workers"] >= 0 else max(1, cores // LOCAL_WORLD)
-    return DataLoader(Pictures(pictures, transform), **keys, num_workers=workers,
+    return DataLoader(pictures, **sampling, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=DEVICE.type == "cuda", worker_init_fn=catch_signals)
 
 
 # ------------------------------------------------------------------------------------------- a run
 
 SIGNALS = []  # when SIGTERM or SIGINT came
-NOT_FINITE = ("; last.pt is from before: go on with --resume --amp off, or start a run with "
-              "--weights last.pt and a lower --lr")
+NOT_FINITE = ("; last.pt is from before: go on with the same command and --amp off, or begin a run "
+              "with --weights last.pt, another --out and a lower --lr")
 
 
 def save(path, write):
@@ -344,16 +503,17 @@ def save(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path}: {error.strerror}; what was there before is "
-                 f"intact: make room, then go on with --resume --out {path.parent}")
+        raise Stopped(f"cannot write {path}: {error.strerror}; what was there before is intact: "
+                         "make room, then type the same command again")
 
 
 def load(path):
     """The dict in a checkpoint. ValueError for any other file, or none."""
     try:
         return {} | read_checkpoint(path)
-    except Exception as error:  # what a damaged file can raise is not documented
-        raise ValueError(f"{path} cannot be read: {error!r:.100}")
+    except Exception as error:  # a damaged file may raise almost anything
+        refused = re.search(r"unsupported GLOBAL \S+", str(error))
+        raise ValueError(f"{path} cannot be read: {refused[0] if refused else repr(error)[:200]}")
 
 
 def catch_signals(worker=None):
@@ -362,8 +522,8 @@ def catch_signals(worker=None):
         SIGNALS.append(time.monotonic())
         if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
             os._exit(128 + number)
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
 
 
 def total(*numbers):
@@ -384,34 +544,35 @@ def learning_rate(epoch, options):
 
 
 def build(options, model, states):
-    """The parts of a run, whose states make a checkpoint."""
+    """The parts of a run, whose states make a checkpoint. Empties `states`, to save memory."""
     model = model.to(DEVICE, memory_format=torch.channels_last)
     if DEVICE.type == "cuda" and WORLD > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = get_ema_multi_avg_fn(options["ema"])  # of batch norm's statistics, too
     ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
     ema.update_parameters(model)  # the first call copies: the average starts at the first weights
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # biases, norms and LayerScale
-    optimizer = torch.optim.AdamW([dict(params=weights, weight_decay=options["weight_decay"]),
-                                   dict(params=others, weight_decay=0.0)], lr=options["lr"])
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == decays],
+                   weight_decay=options["weight_decay"] * decays) for decays in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=options["lr"])  # biases, norms, LayerScale: no decay
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=options["amp"] == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
         if states.get(name):  # a scaler that is off has no state
             part.load_state_dict(states[name])
+    states.clear()
     return parts
 
 
 def train_step(parts, forward, batches, mix, options, step):
-    """Gradients of all turns of a step, then the optimiser's. The mean loss over all pictures."""
+    """Gradients of all micro-steps, then the optimiser's step. The mean loss over all pictures."""
     parts["model"].train()
     loss_sum = 0.0
-    for turn, (pictures, labels) in enumerate(batches):
-        seed_all("step", options["seed"], step, turn * WORLD + RANK)
+    for number, (pictures, labels) in enumerate(batches):
+        seed_all("step", options["seed"], step, number * WORLD + RANK)
         pictures, labels = (t.to(DEVICE, non_blocking=True) for t in (pictures, labels))
-        order = torch.randperm(len(labels))  # v2 mixes neighbours, which could be copies
+        order = torch.randperm(len(labels), device=DEVICE)  # v2 mixes neighbours, perhaps copies
         pictures, targets = mix(pictures[order], labels[order])
+        forward.require_backward_grad_sync = number + 1 == len(batches)  # of DDP: once per step
         with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
             logits = forward(pictures)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum",
@@ -420,7 +581,7 @@ def train_step(parts, forward, batches, mix, options, step):
         loss_sum += loss.detach()
     loss, = total(float(loss_sum))
     if not math.isfinite(loss):
-        sys.exit(f"train.py: the loss is {loss} in step {step + 1}{NOT_FINITE}")
+        raise Stopped(f"the loss is {loss} in step {step + 1}{NOT_FINITE}")
     parts["scaler"].step(parts["optimizer"])
     parts["scaler"].update()
     parts["ema"].update_parameters(parts["model"])
@@ -429,83 +590,100 @@ def train_step(parts, forward, batches, mix, options, step):
 
 
 @torch.no_grad()
-def evaluate(models, pictures, options):
-    """Top-1 accuracies in %, exact: every process takes its share, none counts twice."""
+def evaluate(models, batches, options):
+    """Top-1 and top-5 accuracy in % and loss of each model; no picture counts twice."""
     for model in models:
         model.eval()
         for buffer in model.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # without SyncBN each process has its own statistics
-    counts = torch.zeros(len(models) + 1)  # right ones, then all
-    mine = [(index,) for index in range(RANK, len(pictures), WORLD)]
-    _, crop, _ = transforms(options)
-    for batch, labels in loader(pictures, crop, options, sampler=mine, batch_size=options["micro"]):
-        batch = batch.to(DEVICE, non_blocking=True)
+    sums = torch.zeros(len(models), 4, dtype=torch.float64)  # top-1, top-5, loss, pictures
+    for pictures, labels in batches:
+        pictures = pictures.to(DEVICE, non_blocking=True)
         for i, model in enumerate(models):
             with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
-                logits = model(batch)
-            counts[i] += (logits.argmax(1).cpu() == labels).sum()
-        counts[-1] += len(labels)
-    *right, number = total(*counts)
-    return [100 * count / number for count in right]
+                logits = model(pictures).float().cpu()
+            right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[i] += torch.tensor([right[:, 0].sum(), right.sum(), loss, len(labels)])
+    sums = torch.tensor(total(*sums.flatten())).view(-1, 4)
+    return [dict(top1=100 * one / number, top5=100 * five / number, loss=loss / number)
+            for one, five, loss, number in sums.tolist()]
 
 
-def save_run(options, parts, state):
-    """Writes last.pt: options, state, and the states of the parts; and log.jsonl, from `state`."""
-    out = Path(options["out"])
+def save_run(run, parts, state):
+    """Writes last.pt: the run, `state`, the states of the parts; and log.jsonl, from `state`."""
+    out = Path(run["options"]["out"])
     if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
-        sys.exit(f"train.py: a weight is not finite after step {state['step']}{NOT_FINITE}")
+        raise Stopped(f"a weight is not finite after step {state['step']}{NOT_FINITE}")
     if RANK == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "last.pt", partial(torch.save, dict(options=options, state=state, **states)))
+        save(out / "last.pt", partial(torch.save, dict(**run, state=state, **states)))
         lines = "".join(json.dumps(record) + "\n" for record in state["history"])
         save(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-def train(options, model, states, train_set, val_set):
+def end_epoch(run, parts, state, batches, speed):
+    """Evaluates the weights and their average, and keeps the record and the best of them."""
+    options = run["options"]
+    raw, ema = evaluate((parts["model"], parts["ema"].module), batches, options)
+    better = raw if raw["top1"] > ema["top1"] else ema
+    record = dict(epoch=len(state["history"]) + 1, loss=state["loss"] / run["steps"],
+                  lr=learning_rate((state["step"] - 1) / run["steps"], options),
+                  raw_top1=raw["top1"], ema_top1=ema["top1"], top1=better["top1"],
+                  val_loss=better["loss"], images_per_s=speed)
+    if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
+        best = parts["model"] if better is raw else parts["ema"].module
+        save(Path(options["out"], "best.pt"),
+             partial(torch.save, dict(**run, model=best.state_dict(), record=record)))
+    state["history"].append(record)
+    state.update(loss=0.0, best=max(state["best"], record["top1"]))
+    save_run(run, parts, state)
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+
+
+def train(run, model, states, train_set, batches_to_evaluate, places):
     """From the step of the checkpoint to the end of the run, or to a signal."""
-    steps = max(1, len(train_set) // options["batch"])  # an epoch
+    options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
-    parts = build(options, model, states)
     state = dict(step=0, loss=0.0, best=-1.0, history=[])  # what changes beside the parts
     state |= states.get("state", {})
+    before = states.get("options", options)
+    parts = build(options, model, states)
     first, began = state["step"], time.monotonic()
+    if before["epochs"] != options["epochs"]:
+        old, new = (learning_rate(first / steps, values) for values in (before, options))
+        print(f"{before['epochs']} epochs are now {options['epochs']}: the learning rate goes on "
+              f"at {new:.3g} instead of {old:.3g}")
     forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
     forward = torch.compile(forward) if options["compile"] else forward
-    augment, _, mix = transforms(options, model.config.num_classes)
-    keys = schedule(len(train_set), options, first)
-    batches = iter(loader(train_set, augment, options, batch_sampler=keys))
+    augment, _, mix = transforms(options, len(run["classes"]))
+    samples = schedule(len(train_set), steps, options, first)
+    batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
+    SIGNALS.clear()
     catch_signals()
-    bar = tqdm(initial=first, total=last, unit="img", unit_scale=options["batch"], leave=False,
+    start, reported = first, began
+    bar = tqdm(initial=first, total=last, unit="step", leave=False,
                disable=RANK > 0 or not sys.stderr.isatty())
     for step in range(first, last + 1):
         if step == steps * (1 + len(state["history"])):  # an epoch is over
             speed = (step - first) * options["batch"] / (time.monotonic() - began)
-            save_run(options, parts, state)  # a kill or a picture may end the evaluation
-            raw, averaged = evaluate((parts["model"], parts["ema"].module), val_set, options)
-            record = dict(epoch=step // steps, loss=state["loss"] / steps,
-                          lr=learning_rate((step - 1) / steps, options), raw_top1=raw,
-                          ema_top1=averaged, top1=max(raw, averaged), images_per_s=speed)
-            if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
-                better = parts["model"] if raw > averaged else parts["ema"].module
-                save(Path(options["out"], "best.pt"), partial(torch.save, dict(
-                    model=better.state_dict(), config=asdict(model.config), options=options,
-                    record=record)))
-            state["history"].append(record)
-            state.update(loss=0.0, best=max(state["best"], record["top1"]))
-            save_run(options, parts, state)
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+            save_run(run, parts, state)  # a kill or a picture may end the evaluation
+            line = end_epoch(run, parts, state, batches_to_evaluate, speed)
+            if RANK == 0:
+                bar.write(line)
             first, began = step, time.monotonic()
         if step == last:
             break
         unreadable = None
         try:
-            batch = [next(batches) for _ in range(turns(options))]
-        except OSError as error:
+            batch = [next(batches) for _ in range(micro_steps(options))]
+        except Stopped as error:
             unreadable = error
         stop, = total(bool(SIGNALS or unreadable))
         if stop:
-            save_run(options, parts, state)
-            print(f"saved after step {step} of {last}: go on with --resume --out {options['out']}")
+            save_run(run, parts, state)
+            print(f"saved after step {step} of {last}: the same command goes on, with --out "
+                  f"{options['out']}")
             if unreadable:
                 raise unreadable
             return
@@ -514,62 +692,108 @@ def train(options, model, states, train_set, val_set):
             group["lr"] = rate
         loss = train_step(parts, forward, batch, mix, options, step)
         state.update(step=step + 1, loss=state["loss"] + loss)
+        bar.set_postfix(loss=loss, lr=rate, refresh=False)
         bar.update()
-        bar.set_postfix(loss=loss, lr=rate)
+        now = time.monotonic()
+        pace = (now - began) / (step + 1 - first)  # seconds per step
+        if step == start + 4:
+            print(f"an epoch takes about {pace * steps / 60:.1f} minutes, and its evaluation")
+        if bar.disable and now - reported > 60:  # a line a minute where there is no terminal
+            left = tqdm.format_interval(pace * (last - step - 1))
+            print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
+            reported = now
     print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
 
 
-def meet(store):
-    """Joins all processes, under a number that no dead group has left its addresses under.
+def predict(given, store):
+    """Prints the five likeliest classes of each picture, with their probabilities."""
+    checkpoint = load(given["weights"])
+    names = checkpoint.get("classes", models.ResNet50_Weights.DEFAULT.meta["categories"])
+    model = SecViT(model_config(given, checkpoint, len(names))).eval()
+    load_weights(model, checkpoint)
+    options, _ = choose(given | dict(data="IMAGENET"), 10**6, checkpoint.get("options", {}))
+    crop = transforms(options)[1]
+    for path in given["predict"]:
+        try:
+            picture = crop(open_picture(path))
+        except Exception as error:  # a damaged picture may raise almost anything
+            raise ValueError(f"{path} cannot be read: {error}")
+        with torch.no_grad():
+            best = model(picture[None]).softmax(dim=1)[0].topk(min(5, len(names)))
+        print(f"{path}: " + ", ".join(f"{names[index]} {100 * probability:.1f} %" for
+                                      probability, index in zip(*map(torch.Tensor.tolist, best))))
 
-    torchrun counts the restarts of each machine apart, so rank 0 counts them here. It offers a
-    number, the others sign it, and when all have signed it is complete.
-    """
+
+def work(argv):
+    """What the command line says, in this process."""
+    torchrun = "RANK" in os.environ  # its store outlives the processes, which it may start again
+    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
+    start = (store.add("started", 1) - 1) // WORLD  # how often the group has started before
+    prepared = [None]
     if RANK == 0:
-        number = str(store.add("starts", 1))
-        store.set("open", number)
-        store.wait([f"{number} {rank}" for rank in range(1, WORLD)])
-        store.set("open", "")  # who comes after a restart waits for the next number
-        store.set(number, "complete")
+        try:
+            given = parse(argv)
+            prepared = [(predict if "predict" in given else prepare)(given, store)]
+        except (OSError, ValueError) as error:
+            raise BadInput(" ".join(str(error).split())[:1000]) from error
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise BadInput(f"a checkpoint does not hold what it should: {error!r:.200}") from error
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+        torch.backends.cudnn.benchmark = True
+    if WORLD > 1:  # under a number that no group which died has left its addresses under
+        dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK,
+                                world_size=WORLD)
+        dist.broadcast_object_list(prepared)
+    if not prepared[0]:
+        return
+    run, model, states, train_set, val_set, places = prepared.pop()
+    options, classes = run["options"], len(run["classes"])
+    batches = loader(
+        Pictures(val_set, places, transforms(options)[1]), options, batch_size=options["micro"],
+        sampler=[(index,) for index in range(RANK, len(val_set), WORLD)])  # no picture twice
+    if train_set:
+        print(", ".join(f"{name} {value}" for name, value in options.items()))
+        print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, {classes} "
+              f"classes; {WORLD} process(es) on {DEVICE.type}")
+        train(run, model, states, train_set, batches, places)
     else:
-        number = ""
-        while not (number and store.check([number])):
-            number = store.get("open").decode() or number
-            store.set(f"{number} {RANK}", "here")
-            time.sleep(0.05)
-    dist.init_process_group(store=dist.PrefixStore(number, store), rank=RANK, world_size=WORLD)
+        result, = evaluate([model.to(DEVICE)], batches, options)
+        print(f"top-1 {result['top1']:.2f} %" + f", top-5 {result['top5']:.2f} %" * (classes > 5)
+              + f" of {len(val_set):,} pictures, loss {result['loss']:.4f}")
 
 
 def main(argv):
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    sys.stdout.reconfigure(line_buffering=True)
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
-    torchrun = "RANK" in os.environ  # its store outlives the processes, which it may start again
-    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    prepared = [prepare(argv, store) if RANK == 0 else None]
-    if WORLD > 1:
-        meet(store)
-        dist.broadcast_object_list(prepared)
-    options, model, states, train_set, val_set = prepared[0]
-    if options.get("eval"):
-        accuracy, = evaluate([model.to(DEVICE)], val_set, options)
-        print(f"top-1 {accuracy:.2f} % of {len(val_set):,} pictures")
-        return
-    print(", ".join(f"{name} {value}" for name, value in options.items()))
-    print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, "
-          f"{model.config.num_classes} classes; {WORLD} process(es) on {DEVICE.type}")
-    train(options, model, states, train_set, val_set)
+    """Trains, evaluates or predicts, also from a notebook. BadInput (a ValueError), Stopped."""
+    children = {*multiprocessing.active_children()}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with redirect_stdout(sys.stdout if RANK == 0 else None):
+            work(argv)
+    finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports the workers' end
+        for worker in {*multiprocessing.active_children()} - children:
+            worker.kill()  # they catch SIGTERM, and have nothing to save
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command_line(argv):
+    """`main` with one line for each known error. The exit code: 2 for bad input."""
+    try:
+        return main(argv)
+    except torch.OutOfMemoryError:
+        error = Stopped("the GPU's memory is full: type the same command with a smaller --micro")
+    except Stopped as stopped:
+        error = stopped
+    line = str(error).splitlines()[-1].rpartition("Stopped: ")[2]  # of a worker's traceback
+    print(f"train.py: {'error: ' * (error.code - 1)}{line}", file=sys.stderr)
+    return error.code
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except OSError as error:  # a picture; where a worker read it, the message is the last line
-        sys.exit("train.py: " + str(error).splitlines()[-1].removeprefix("OSError: "))
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports the workers' end
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they catch SIGTERM, and have nothing to save
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(command_line(sys.argv[1:]))
