@@ -722,6 +722,9 @@ def test_classes_are_compared_by_name(trained, tmp_path, capsys):
     assert "the classes cat, tom are not both there and in" in refused(command, capsys)
     command = ["--eval", "--weights", str(tmp_path / "best.pt"), "--data", str(data)]
     assert "the classes tom are not both there and in" in refused(command, capsys)
+    shutil.rmtree(data / "val" / "tom")
+    train.main(command)  # of those that are there
+    assert re.search("has no pictures of cat\n(.*\n)*.* of 30 pictures", capsys.readouterr().out)
 
 
 def test_other_classes_are_fine_tuning_even_if_there_are_as_many(trained, tmp_path, capsys):
@@ -819,7 +822,7 @@ def refused(arguments, capsys):
     ("--predict gone.png --weights taken/best.pt", "gone.png cannot be read: [Errno 2]"),
     ("--weights missing.pt", "missing.pt cannot be read"),
     ("--weights empty.pt", "empty.pt cannot"), ("--weights text.pt", "text.pt cannot be read"),
-    ("--weights list.pt", "list.pt cannot"), ("--weights code.pt", "GLOBAL posix.mkdir"),
+    ("--weights list.pt", "it holds a list, no dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),
     ("--out taken --batch 8", "--batch 8: the run in taken has 4; for another run choose another"),
     ("--out taken --epochs 2", "--epochs 2: the run in taken is further"),

@@ -251,6 +251,8 @@ def prepare(given, store):
     if strange:
         raise ValueError(f"{data}: the classes {', '.join(strange)} are not both there and in "
                          f"{last if old else options['weights']}: rename or add their folders")
+    if {*classes} - {*names}:
+        print(f"{data} has no pictures of {', '.join(sorted({*classes} - {*names}))}")
     config = model_config(options, old if "config" in old else weights, len(classes))
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
@@ -510,10 +512,13 @@ def save(path, write):
 def load(path):
     """The dict in a checkpoint. ValueError for any other file, or none."""
     try:
-        return {} | read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
     except Exception as error:  # a damaged file may raise almost anything
-        refused = re.search(r"unsupported GLOBAL \S+", str(error))
+        refused = re.search(r"GLOBAL [\w.]+", str(error))  # a type that could run code
         raise ValueError(f"{path} cannot be read: {refused[0] if refused else repr(error)[:200]}")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
+    return checkpoint
 
 
 def catch_signals(worker=None):
