@@ -619,7 +619,7 @@ def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, cap
                    for name in ("run", "killed"))
     train.main(run)
     said = capsys.readouterr().out
-    assert f"weights from {whole / 'best.pt'}; the classifier is a new one" in said
+    assert f"weights from {whole / 'best.pt'}, pictures from {three}; the classifier is" in said
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train.main(killed)
@@ -719,9 +719,9 @@ def test_classes_are_compared_by_name(trained, tmp_path, capsys):
     train.main(command)
     for part in ("train", "val"):
         (data / part / "cat").rename(data / part / "tom")
-    assert "the classes cat, tom are not both there and in" in refused(command, capsys)
+    assert "new are ['tom'], gone are ['cat']" in refused(command, capsys)
     command = ["--eval", "--weights", str(tmp_path / "best.pt"), "--data", str(data)]
-    assert "the classes tom are not both there and in" in refused(command, capsys)
+    assert "new are ['tom'], gone are ['cat']" in refused(command, capsys)
     shutil.rmtree(data / "val" / "tom")
     train.main(command)  # of those that are there
     assert re.search("has no pictures of cat\n(.*\n)*.* of 30 pictures", capsys.readouterr().out)
@@ -810,17 +810,17 @@ def refused(arguments, capsys):
     ("--set num_classes=5", "num_classes"), ("--set drop_path", "write a value like drop_path=0.1"),
     ("--set drop_path=2", "drop_path"),
     ("--set heads=3,3,3,3", "dims"), ("--set in_channels=1", "pictures decide num_classes"),
-    ("--set lce=false", "--set lce=false: write a value like lce=True"),
+    ("--set lce=false", "write a value like lce=True or lce=False"),
     ("--set depths=1", "write a value like depths=2,2,9,2"), ("--set ffn_ratio=x", "ffn_ratio=3"),
     ("--micro 1", "use a larger --micro"), ("--micro 2000", "--micro 2000 is not in 1 to 1024"),
     ("--data nowhere", "--data nowhere is no folder"),
     ("--data unsplit", "unsplit needs val/ with a folder of pictures for each class: rename test/"),
     ("--data flat", "flat/val needs a folder for each class"), ("--data single", "one class, red"),
-    ("--data pink", "['pink', 'red']"), ("--data green", "green"),
+    ("--data pink", "only in train are ['red'], only in val ['pink']"), ("--data green", "green"),
     ("--eval", "need --weights"), ("--predict a.png", "need --weights"),
     ("--predict text.pt --weights taken/best.pt", "text.pt cannot be read: cannot identify image"),
     ("--predict gone.png --weights taken/best.pt", "gone.png cannot be read: [Errno 2]"),
-    ("--weights missing.pt", "missing.pt cannot be read"),
+    ("--weights missing.pt", "missing.pt cannot be read as a checkpoint"),
     ("--weights empty.pt", "empty.pt cannot"), ("--weights text.pt", "text.pt cannot be read"),
     ("--weights list.pt", "it holds a list, no dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),

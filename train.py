@@ -203,7 +203,8 @@ def model_config(options, checkpoint, classes):
         kind, example = type(changes[name]), getattr(base, name)
         if kind is not types[name] and (kind, types[name]) != (int, float):
             example = ",".join(map(str, example)) if types[name] is tuple else example
-            raise ValueError(f"--set {text}: write a value like {name}={example}")
+            raise ValueError(f"--set {text}: write a value like {name}={example}"
+                             + f" or {name}={not example}" * (types[name] is bool))
     return replace(base, **changes)
 
 
@@ -221,7 +222,8 @@ def going_on(given, old):
                              f"has {options.get(name)}; for another run choose another --out")
     step, steps = old.get("state", {}).get("step", 0), old.get("steps", math.inf)
     if given.get("epochs", math.inf) * steps < step:
-        raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further")
+        raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further; type "
+                         "more")
     return options | {name: given[name] for name in given.keys() & FREE}
 
 
@@ -247,12 +249,12 @@ def prepare(given, store):
     train_set, val_set, names = load_pictures(data, training)
     known = weights.get("classes", names)  # in the order of the classifier
     classes = old.get("classes", known if {*known} == {*names} or not training else names)
-    strange = sorted({*names} ^ {*classes} if training else {*names} - {*classes})
-    if strange:
-        raise ValueError(f"{data}: the classes {', '.join(strange)} are not both there and in "
-                         f"{last if old else options['weights']}: rename or add their folders")
-    if {*classes} - {*names}:
-        print(f"{data} has no pictures of {', '.join(sorted({*classes} - {*names}))}")
+    new, gone = ({*names} - {*classes}), ({*classes} - {*names})
+    if new or gone and training:
+        raise ValueError(f"the classes of {data} are not those of {last or options['weights']}: "
+                         f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders")
+    if gone:
+        print(f"{data} has no pictures of {', '.join(sorted(gone))}")
     config = model_config(options, old if "config" in old else weights, len(classes))
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
@@ -261,9 +263,13 @@ def prepare(given, store):
         classifier = {name: value for name, value in model.state_dict().items() if "head.5" in name}
         weights = weights | dict(model=weights["model"] | classifier)
     if weights:
-        fresh |= load_weights(model, weights, new_head=training and not states)
+        try:
+            fresh |= load_weights(model, weights, new_head=training and not states)
+        except ValueError as error:
+            raise ValueError(f"{last if states else options['weights']}: {error}")
     if weights and not states:
-        print(f"weights from {options['weights']}" + "; the classifier is a new one" * fresh)
+        print(f"weights from {options['weights']}, pictures from {data}"
+              + "; the classifier is a new one" * fresh)
     if not old:
         number = len(train_set) if training else 10**6
         options, why = choose(given | dict(data=data), number, trained, fresh)
@@ -429,7 +435,8 @@ def load_pictures(data, train=True):
     names, others = ([name if isinstance(name, str) else ", ".join(name) for name in part.classes]
                      for part in (parts[0], parts[-1]))
     if {*names} != {*others}:
-        raise ValueError(f"{data}: not in both train and val are {sorted({*names} ^ {*others})}")
+        raise ValueError(f"{data}: only in train are {sorted({*names} - {*others})}, only in val "
+                         f"{sorted({*others} - {*names})}: each class needs a folder in both")
     if train and len(names) < 2:
         raise ValueError(f"{data} has one class, {names[0]}: there is nothing to tell it from")
     return parts[0] if train else None, parts[-1], names
@@ -515,7 +522,8 @@ def load(path):
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a damaged file may raise almost anything
         refused = re.search(r"GLOBAL [\w.]+", str(error))  # a type that could run code
-        raise ValueError(f"{path} cannot be read: {refused[0] if refused else repr(error)[:200]}")
+        why = refused[0] if refused else " ".join(repr(error)[:120].split())
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
     return checkpoint
