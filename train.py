@@ -405,10 +405,12 @@ class Folder(datasets.ImageFolder):
         return names, {name: index for index, name in enumerate(names)}
 
     def is_picture(self, path):
-        path = Path(path).relative_to(self.root)
-        hidden = any(part.startswith(".") for part in path.parts)
-        readable = path.suffix.lower() in self.readable
-        self.left_out.update([] if hidden or readable else [path.suffix or path.name])
+        inside = path.removeprefix(str(self.root))
+        hidden = any(part.startswith(".") for part in inside.split(os.sep))
+        ending = os.path.splitext(path)[1]
+        readable = ending.lower() in self.readable
+        if not hidden and not readable:
+            self.left_out[ending or os.path.basename(path)] += 1
         return readable and not hidden
 
 
@@ -444,7 +446,7 @@ def load_pictures(data, train=True):
 
 def describe(pictures):
     """How many pictures there are, and a checksum of their names."""
-    names = [str(Path(path).relative_to(pictures.root).as_posix())
+    names = [path.removeprefix(str(pictures.root)).replace(os.sep, "/")
              for path, _ in getattr(pictures, "samples", ())]
     return f"{len(pictures or ())} {zlib.crc32(repr(names).encode()):08x}"
 
