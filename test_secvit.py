@@ -578,23 +578,32 @@ def test_a_run_leaves_its_record_and_its_best_weights(folder, whole, capsys):
     assert said in capsys.readouterr().out and best["record"]["top1"] == 100 * sum(right) / 5
 
 
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(number, act) has the next run call act(parts) before step `number`, once."""
+    def patch(number, act):
+        def patched(*arguments):
+            acts.pop(arguments[-1], len)(arguments[0])
+            return step(*arguments)
+        acts, step = {number: act}, train.train_step
+        monkeypatch.setattr(train, "train_step", patched)
+    return patch
+
+
+def terminate(parts=None, number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
 @pytest.mark.parametrize("steps, number", [
     (1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(
-        folder, whole, tmp_path, monkeypatch, capsys, steps, number):
-    def interrupted(*arguments):
-        if arguments[-1] == steps - 1:
-            os.kill(os.getpid(), number)
-        return step(*arguments)
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", interrupted)
-    monkeypatch.setattr(train, "SIGNALS", [])
+        folder, whole, tmp_path, at_step, capsys, steps, number):
+    at_step(steps - 1, partial(terminate, number=number))
     train.main(arguments(folder, tmp_path, "--workers", "1"))
     said = capsys.readouterr().out
     assert f"saved after step {steps} of 9" in said
     assert f"--out {tmp_path}" in said and "\r" not in said  # no bar in a file
     assert last(tmp_path)["state"]["step"] == steps
-    monkeypatch.undo()
     train.main(arguments(folder, tmp_path, "--workers", "0"))
     assert torch.equal(weights(tmp_path), weights(whole))
 
@@ -606,11 +615,11 @@ def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(monkeypatch)
     train.catch_signals()
     for pause, code in ((0, []), (0, []), (1.1, [128 + signal.SIGTERM])):
         time.sleep(pause)
-        os.kill(os.getpid(), signal.SIGTERM)
+        terminate()
         assert ended == code
 
 
-def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, capsys, monkeypatch):
+def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, capsys, at_step):
     """Also a run that is killed before its first checkpoint: it starts from the weights again."""
     three = shutil.copytree(folder, tmp_path / "three")
     for part in ("train", "val"):
@@ -620,8 +629,8 @@ def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, cap
     train.main(run)
     said = capsys.readouterr().out
     assert f"weights from {whole / 'best.pt'}, pictures from {three}; the classifier is" in said
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    at_step(0, lambda parts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train.main(killed)
     train.main(killed)
     assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "run"))
@@ -653,16 +662,12 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on(folder, whole
 
 
 @pytest.mark.parametrize("change", ["gone", "new"])
-def test_a_run_whose_pictures_change_ends_with_its_epochs(folder, tmp_path, monkeypatch, capsys,
-                                                          change):
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-    data, step = shutil.copytree(folder, tmp_path / "data"), train.train_step
+def test_a_run_whose_pictures_change_ends_with_its_epochs(
+        folder, tmp_path, at_step, capsys, change):
+    data = shutil.copytree(folder, tmp_path / "data")
     run = arguments(data, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", interrupted)
-        train.main(run)
+    at_step(0, terminate)
+    train.main(run)
     for number in range(5):
         if change == "gone":
             (data / "train" / "red" / f"{number}.png").unlink()
@@ -1159,12 +1164,11 @@ def test_workers_start_once_a_run_in_each_way(folder, whole, tmp_path, monkeypat
 
 
 def test_more_processes_than_gpus_and_a_full_memory_are_one_line(
-        folder, tmp_path, monkeypatch, capsys):
-    def full(*arguments):
+        folder, tmp_path, monkeypatch, at_step, capsys):
+    def full(parts):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", full)
-        assert train.command_line(arguments(folder, tmp_path)) == 1
+    at_step(2, full)
+    assert train.command_line(arguments(folder, tmp_path)) == 1
     assert "type the same command with a smaller --micro\n" in capsys.readouterr().err
     monkeypatch.setattr(train, "DEVICE", torch.device("cuda:0"))
     monkeypatch.setattr(train, "LOCAL_WORLD", 8)
@@ -1228,7 +1232,7 @@ if os.environ.get("COUNTS"):
     train.DistributedDataParallel = Counted
 train_step, train.train_step = train.train_step, step
 save_run, train.save_run = train.save_run, save
-torch.optim.AdamW = lambda groups, lr: torch.optim.SGD(groups, lr)
+torch.optim.AdamW = lambda groups, lr, fused: torch.optim.SGD(groups, lr)
 train.main(sys.argv[1:])
 """
 GRADUAL = ["--mixup", "0", "--cutmix", "0", "--erasing", "0", "--micro", "1", "--lr", "0.1",
@@ -1262,7 +1266,7 @@ def test_processes_train_like_one_on_one_machine_or_two_that_lose_a_rank(
         "--rdzv_id=job", f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost", script,
         *commands[2], cwd=tmp_path, DIES="1") for _ in range(2)]
     bad = torchrun("--standalone", "--nproc_per_node=2", HERE / "train.py", "--epochs", "0")
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr: torch.optim.SGD(groups, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr))
     train.main(commands[0])
     said = [job.communicate()[0] for job in (pair, *agents, bad)]
     assert [job.returncode for job in (pair, *agents)] == [0, 0, 0], said
@@ -1355,14 +1359,10 @@ def test_an_unreadable_picture_is_named_and_costs_nothing(
     assert torch.equal(weights(tmp_path / "run"), weights(whole))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    def fills(*arguments):
-        if arguments[-1] == 3:  # from here on no file can grow beyond 20,000 bytes
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
-        return step(*arguments)
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, at_step):
     resource = pytest.importorskip("resource")  # not on Windows
-    step, (soft, hard) = train.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(train, "train_step", fills)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(3, lambda parts: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard)))  # bytes
     try:
         with pytest.raises(train.Stopped, match="cannot write .*File too large.*same command"):
             train.main(arguments(folder, tmp_path))
@@ -1374,17 +1374,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("where, message", [
     ("loss", "the loss is nan in step 5"), ("weights", "not finite after step 6")])
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(
-        folder, tmp_path, monkeypatch, where, message):
-    def spoils(*arguments):
-        weight = arguments[0]["model"].head[5].weight.data
-        if arguments[-1] == 4 and where == "loss":
-            weight.fill_(math.inf)
-        loss = step(*arguments)
-        if arguments[-1] == 5 and where == "weights":
-            weight.fill_(math.nan)
-        return loss
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", spoils)
+        folder, tmp_path, at_step, where, message):
+    def spoils(parts):
+        if where == "loss":
+            parts["model"].head[5].weight.data.fill_(math.inf)
+        else:
+            parts["optimizer"].param_groups[0]["lr"] = math.nan  # the last step of an epoch
+    at_step(4 if where == "loss" else 5, spoils)
     with pytest.raises(train.Stopped, match=f"{message}.*; last.pt is from before: "):
         train.main(arguments(folder, tmp_path))
     assert last(tmp_path)["state"]["step"] == 3

@@ -568,7 +568,7 @@ def build(options, model, states):
     ema.update_parameters(model)  # the first call copies: the average starts at the first weights
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == decays],
                    weight_decay=options["weight_decay"] * decays) for decays in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=options["lr"])  # biases, norms, LayerScale: no decay
+    optimizer = torch.optim.AdamW(groups, lr=options["lr"], fused=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=options["amp"] == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
