@@ -76,7 +76,7 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
 SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0)
 DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0,
                       rand_augment=0.0, cutmix=0.0)
-FASHION = SMALL | dict(size=32, epochs=10, batch=128, ema=0.998, min_crop=0.8, rand_augment=0.0,
+FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, rand_augment=0.0,
                        cutmix=0.0, erasing=0.1)
 CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4)
 LARGER = SMALL | dict(size=160, epochs=100, batch=128, min_crop=0.3, center=0.875)
@@ -356,12 +356,13 @@ def transforms(options, classes=None):
             v2.RandomChoice(mixes) if mixes else v2.Identity())
 
 
-def as_seen(picture):
+def open_picture(path):
     """RGB as a person sees the picture: turned as its EXIF says, on white where transparent.
 
     16 bits of grey are scaled to 8. ValueError for numbers whose range nobody knows.
     """
-    picture = ImageOps.exif_transpose(picture)
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
     if picture.mode[0] in "IF":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -371,11 +372,6 @@ def as_seen(picture):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
-
-
-def open_picture(path):
-    with Image.open(path) as picture:
-        return as_seen(picture)
 
 
 class Folder(datasets.ImageFolder):
