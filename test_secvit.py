@@ -36,6 +36,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.ops import FeaturePyramidNetwork
 
 import train
+from notebooks import draw
 from secvit import (PAPER_TEXT, SECA, VARIANTS, SecViT, SecViTConfig, cluster_labels,
                     cluster_order, count, create_secvit, group, load_weights, rotate, rotation,
                     row_numbers, similarity, ungroup)
@@ -1389,66 +1390,83 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
 
 # --------------------------------------------------------------------------------------- notebooks
 
-NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
-LONGEST_FIRST = sorted(NOTEBOOKS, key=lambda path: path.stem[:2] not in ("07", "03", "05"))
+LESSONS = sorted((HERE / "notebooks").glob("*.ipynb"))
+LONGEST_FIRST = sorted(LESSONS, key=lambda path: path.stem[:2] not in ("07", "03", "05"))
 
 
-def run_notebook(path, folder):
-    """Runs a copy; an exercise must find the wrong answers in its metadata, and pass its solution.
+def answers(cell):
+    """An exercise with each of its wrong answers, unsolved, and with each other right answer."""
+    check = cell.source[cell.source.index("\n# Check"):]
+    unsolved = draw.unsolved(cell.source).partition("\n# Check")[0]
+    for expected, texts in (("raises-exception", [unsolved, *cell.metadata["wrong"]]),
+                            ("right", cell.metadata["right"])):
+        for text in texts:
+            yield nbformat.v4.new_code_cell(text + check, metadata=dict(tags=[expected]))
 
-    Last comes the unsolved exercise once more, since the student may go on without an answer.
-    """
+
+def run_lesson(path, folder):
+    """Runs a copy: a check must refuse wrong answers, and say why right ones are right."""
     (folder / "notebooks").mkdir()
     shutil.copy(HERE / "secvit.py", folder)
-    notebook, cells = nbformat.read(path, as_version=4), []
-    for number, cell in enumerate(notebook.cells):
-        cells.append(cell)
+    shutil.copy(HERE / "notebooks" / "draw.py", folder / "notebooks")
+    lesson, cells = nbformat.read(path, as_version=4), []
+    for cell in lesson.cells:
         if "\n# Check" in cell.source:
-            check = cell.source[cell.source.index("\n# Check"):]
-            folded = next(c.source for c in notebook.cells[number:] if "<details>" in c.source)
-            right = re.search(r"```python\n(.*?)```", folded, re.DOTALL)[1]
-            cells += [nbformat.v4.new_code_cell(answer + check, metadata=dict(tags=[expected]))
-                      for answer, expected in [*((wrong, "raises-exception")
-                      for wrong in cell.metadata["wrong"]), (right, "Right")]]
-            cells.append(copy.deepcopy(cell))
-    notebook.cells = cells
-    nbclient.NotebookClient(notebook, timeout=600, resources=dict(
+            cells += answers(cell)
+            cell.metadata.tags = ["right"]
+        cells.append(cell)
+    lesson.cells = cells
+    nbclient.NotebookClient(lesson, timeout=600, resources=dict(
         metadata=dict(path=folder / "notebooks"))).execute()
     for cell in cells:
-        said = str(cell.get("outputs"))
-        if "raises-exception" in cell.metadata.get("tags", []):
+        tags, said = cell.metadata.get("tags", []), str(cell.get("outputs"))
+        if "raises-exception" in tags:
             assert "'ename': 'AssertionError'" in said, f"passed, though wrong: {cell.source}"
-        if "Right" in cell.metadata.get("tags", []):
+        if "right" in tags:
             assert "Right" in said, f"failed, though right: {cell.source}"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def running(tmp_path_factory, request):
-    """The notebooks of this session, two at a time, beside the other tests."""
+    """The lessons of this session, two at a time, beside the other tests."""
     chosen = {item.callspec.params["path"] for item in request.session.items
-              if item.originalname == "test_a_notebook_runs_and_its_exercises_tell_right_answers"}
+              if item.originalname == "test_a_lesson_runs_and_its_checks_tell_right_answers"}
     pool = ProcessPoolExecutor(2, mp_context=FORK)
-    yield {path: pool.submit(run_notebook, path, tmp_path_factory.mktemp(path.stem))
+    yield {path: pool.submit(run_lesson, path, tmp_path_factory.mktemp(path.stem))
            for path in LONGEST_FIRST if path in chosen}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_stored_clean(path):
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert 15 <= len(notebook.cells) <= 40
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    for cell in code:
-        assert len(cell.source.splitlines()) <= 15 or "\n# Check" in cell.source
-        for output in cell.outputs:
-            assert output.output_type != "error" and output.get("name") != "stderr"
-            text = output.get("text", "")
-            assert not re.search(r"/(tmp|root|home|work|usr|opt)/|Warning|\r", text)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_has_one_form_and_is_stored_clean(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    words = len(re.sub("<details>.*?</details>", "", text, flags=re.DOTALL).split())
     exercises = [cell for cell in code if "\n# Check" in cell.source]
-    assert len(exercises) >= 2 and all(len(cell.metadata["wrong"]) >= 2 for cell in exercises)
+    reference = path.stem.startswith("08")
+    assert words <= (2500 if reference else 1300) and len(code) <= (16 if reference else 12)
+    assert len(exercises) == (0 if reference else 3)
+    assert all(len(cell.metadata["wrong"]) >= 2 and cell.metadata["right"] for cell in exercises)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for output in (output for cell in code for output in cell.outputs):
+        assert output.output_type != "error" and output.get("name") != "stderr"
+        assert not re.search(r"/(tmp|root|home|work|usr|opt)/|Warning|\r", output.get("text", ""))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_its_exercises_tell_right_answers(path, running):
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_runs_and_its_checks_tell_right_answers(path, running):
     running[path].result()
+
+
+def test_copies_for_students_have_no_outputs_and_no_solutions(tmp_path):
+    subprocess.run([sys.executable, HERE / "notebooks" / "draw.py", "--student", tmp_path],
+                   check=True)
+    for path in LESSONS:
+        solved, copied = (nbformat.read(folder / path.name, as_version=4).cells
+                          for folder in (path.parent, tmp_path))
+        assert not any(cell.metadata or cell.get("outputs") for cell in copied)
+        text, solution = ("\n".join(cell.source for cell in cells) for cells in (copied, solved))
+        assert "SOLUTION" not in text and "For teachers" not in text
+        assert text.count("...  # your lines") == solution.count("# BEGIN SOLUTION")
+    assert {"draw.py", "secvit.py"} < {*os.listdir(tmp_path)}
