@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of this process and its children: two notebooks run beside it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the promises about bits hold on a CPU
 
 import nbclient
 import nbformat
@@ -1175,6 +1176,11 @@ def test_more_processes_than_gpus_and_a_full_memory_are_one_line(
     monkeypatch.setattr(train, "LOCAL_WORLD", 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "8 processes for 2 GPUs" in refused([], capsys)
+    for name, value in (("RANK", 7), ("WORLD", 8), ("DEVICE", torch.device("cuda:7"))):
+        monkeypatch.setattr(train, name, value)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # rank 7 only waits
+        patch.setattr(dist, "init_process_group", lambda **group: 1 / 0)
+        train.work([])
 
 
 def test_a_micro_step_does_not_wait_for_the_device(monkeypatch):

@@ -707,8 +707,11 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
         bar.update()
         now = time.monotonic()
         pace = (now - began) / (step + 1 - first)  # seconds per step
+        if step == start:  # which also starts the workers and tunes cuDNN
+            warm = now
         if step == start + 4:
-            print(f"an epoch takes about {pace * steps / 60:.1f} minutes, and its evaluation")
+            print(f"an epoch takes about {(now - warm) / 4 * steps / 60:.1f} minutes, and its "
+                  "evaluation")
         if bar.disable and now - reported > 60:  # a line a minute where there is no terminal
             left = tqdm.format_interval(pace * (last - step - 1))
             print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
@@ -749,13 +752,13 @@ def work(argv):
             raise BadInput(" ".join(str(error).split())[:1000]) from error
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise BadInput(f"a checkpoint does not hold what it should: {error!r:.200}") from error
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
-        torch.backends.cudnn.benchmark = True
     if WORLD > 1:  # under a number that no group which died has left its addresses under
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK,
                                 world_size=WORLD)
         dist.broadcast_object_list(prepared)
+    if DEVICE.type == "cuda":  # which rank 0 has checked
+        torch.cuda.set_device(DEVICE)
+        torch.backends.cudnn.benchmark = True
     if not prepared[0]:
         return
     run, model, states, train_set, val_set, places = prepared.pop()
