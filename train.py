@@ -710,8 +710,8 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
         if step == start:  # which also starts the workers and tunes cuDNN
             warm = now
         if step == start + 4:
-            print(f"an epoch takes about {(now - warm) / 4 * steps / 60:.1f} minutes, and its "
-                  "evaluation")
+            interval = tqdm.format_interval((now - warm) / 4 * steps)  # 02:05 or 3:02:05
+            print(f"an epoch takes about {interval}, and its evaluation")
         if bar.disable and now - reported > 60:  # a line a minute where there is no terminal
             left = tqdm.format_interval(pace * (last - step - 1))
             print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
