@@ -141,11 +141,9 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cp
 def parse(argv):
     """What was typed, within its bounds."""
     given = vars(PARSER.parse_args(argv))
-    for name in RECIPE.keys() & given.keys():
-        _, low, high, _ = RECIPE[name]
-        if not low <= given[name] <= high:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {given[name]} is not in {low} to {high}")
+    for name, (_, low, high, _) in RECIPE.items():
+        if not low <= given.get(name, low) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not in {low} to {high}")
     if given.keys() & {"eval", "predict"} and "weights" not in given:
         raise ValueError("--eval and --predict need --weights, a checkpoint")
     return given
