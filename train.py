@@ -399,8 +399,7 @@ class Folder(datasets.ImageFolder):
         return names, {name: index for index, name in enumerate(names)}
 
     def is_picture(self, path):
-        inside = path.removeprefix(str(self.root))
-        hidden = any(part.startswith(".") for part in inside.split(os.sep))
+        hidden = os.sep + "." in path.removeprefix(str(self.root))
         ending = os.path.splitext(path)[1]
         readable = ending.lower() in self.readable
         if not hidden and not readable:
