@@ -218,8 +218,7 @@ def going_on(given, old):
         if given[name] != options.get(name):
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the run in {given['out']} "
                              f"has {options.get(name)}; for another run choose another --out")
-    step, steps = old.get("state", {}).get("step", 0), old.get("steps", math.inf)
-    if given.get("epochs", math.inf) * steps < step:
+    if given.get("epochs", math.inf) * old.get("steps", math.inf) < old["state"]["step"]:
         raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further; type "
                          "more")
     return options | {name: given[name] for name in given.keys() & FREE}
@@ -240,8 +239,7 @@ def prepare(given, store):
     last = Path(given["out"], "last.pt") if training and "out" in given else None
     old = load(last) if last and last.exists() else {}
     options = going_on(given, old) if old else given
-    states = old if "model" in old else {}
-    weights = states or (load(options["weights"]) if "weights" in options else {})
+    weights = old or (load(options["weights"]) if "weights" in options else {})
     trained = weights.get("options", {})
     data = options.get("data", "digits" if training else trained.get("data", "digits"))
     train_set, val_set, names = load_pictures(data, training)
@@ -253,7 +251,7 @@ def prepare(given, store):
                          f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders")
     if gone:
         print(f"{data} has no pictures of {', '.join(sorted(gone))}")
-    config = model_config(options, old if "config" in old else weights, len(classes))
+    config = model_config(options, weights, len(classes))
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
     fresh = {*known} != {*classes} and training
@@ -262,10 +260,10 @@ def prepare(given, store):
         weights = weights | dict(model=weights["model"] | classifier)
     if weights:
         try:
-            fresh |= load_weights(model, weights, new_head=training and not states)
+            fresh |= load_weights(model, weights, new_head=training and not old)
         except ValueError as error:
-            raise ValueError(f"{last if states else options['weights']}: {error}")
-    if weights and not states:
+            raise ValueError(f"{last if old else options['weights']}: {error}")
+    if weights and not old:
         print(f"weights from {options['weights']}, pictures from {data}"
               + "; the classifier is a new one" * fresh)
     if not old:
@@ -284,12 +282,9 @@ def prepare(given, store):
                steps=old.get("steps", max(1, len(train_set or ()) // options["batch"])))
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        out = Path(options.setdefault("out", f"runs/{number}"))
-        out.mkdir(parents=True, exist_ok=True)
-        if not old:  # a kill before the first epoch ends finds the same options
-            save(out / "last.pt", partial(torch.save, run))
+        os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
         store.set("out", options["out"])
-    return run, model, states, train_set, val_set, [classes.index(name) for name in names]
+    return run, model, old, train_set, val_set, [classes.index(name) for name in names]
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -653,8 +648,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     """From the step of the checkpoint to the end of the run, or to a signal."""
     options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
-    state = dict(step=0, loss=0.0, best=-1.0, history=[])  # what changes beside the parts
-    state |= states.get("state", {})
+    state = states.get("state") or dict(step=0, loss=0.0, best=-1.0, history=[])  # beside the parts
     before = states.get("options", options)
     parts = build(options, model, states)
     first, began = state["step"], time.monotonic()
@@ -669,6 +663,8 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
+    if not first:  # a kill before the first epoch ends finds the run
+        save_run(run, parts, state)
     start, reported = first, began
     bar = tqdm(initial=first, total=last, unit="step", leave=False,
                disable=RANK > 0 or not sys.stderr.isatty())
