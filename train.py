@@ -244,7 +244,8 @@ def prepare(given, store):
     data = options.get("data", "digits" if training else trained.get("data", "digits"))
     train_set, val_set, names = load_pictures(data, training)
     known = weights.get("classes", names)  # in the order of the classifier
-    classes = old.get("classes", known if {*known} == {*names} or not training else names)
+    fresh = training and not old and {*known} != {*names}  # fine-tuning, with a new classifier
+    classes = names if fresh else known
     new, gone = ({*names} - {*classes}), ({*classes} - {*names})
     if new or gone and training:
         raise ValueError(f"the classes of {data} are not those of {last or options['weights']}: "
@@ -254,15 +255,13 @@ def prepare(given, store):
     config = model_config(options, weights, len(classes))
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
-    fresh = {*known} != {*classes} and training
-    if fresh:  # also where there are as many
-        classifier = {name: value for name, value in model.state_dict().items() if "head.5" in name}
-        weights = weights | dict(model=weights["model"] | classifier)
     if weights:
         try:
             fresh |= load_weights(model, weights, new_head=training and not old)
         except ValueError as error:
             raise ValueError(f"{last if old else options['weights']}: {error}")
+    if fresh:  # also where there are as many classes
+        model.init_weights(model.head[5])
     if weights and not old:
         print(f"weights from {options['weights']}, pictures from {data}"
               + "; the classifier is a new one" * fresh)
