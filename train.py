@@ -627,6 +627,7 @@ def save_run(run, parts, state):
 def end_epoch(run, parts, state, batches, speed):
     """Evaluates the weights and their average, and keeps the record and the best of them."""
     options = run["options"]
+    save_run(run, parts, state)  # a kill or a picture may end the evaluation
     raw, ema = evaluate((parts["model"], parts["ema"].module), batches, options)
     better = raw if raw["top1"] > ema["top1"] else ema
     record = dict(epoch=len(state["history"]) + 1, loss=state["loss"] / run["steps"],
@@ -640,7 +641,7 @@ def end_epoch(run, parts, state, batches, speed):
     state["history"].append(record)
     state.update(loss=0.0, best=max(state["best"], record["top1"]))
     save_run(run, parts, state)
-    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+    print("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
 
 def train(run, model, states, train_set, batches_to_evaluate, places):
@@ -648,66 +649,57 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
     state = states.get("state") or dict(step=0, loss=0.0, best=-1.0, history=[])  # beside the parts
-    before = states.get("options", options)
-    parts = build(options, model, states)
-    first, began = state["step"], time.monotonic()
+    start, before = state["step"], states.get("options", options)
     if before["epochs"] != options["epochs"]:
-        old, new = (learning_rate(first / steps, values) for values in (before, options))
+        old, new = (learning_rate(start / steps, values) for values in (before, options))
         print(f"{before['epochs']} epochs are now {options['epochs']}: the learning rate goes on "
               f"at {new:.3g} instead of {old:.3g}")
+    parts = build(options, model, states)
     forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
     forward = torch.compile(forward) if options["compile"] else forward
     augment, _, mix = transforms(options, len(run["classes"]))
-    samples = schedule(len(train_set), steps, options, first)
+    samples = schedule(len(train_set), steps, options, start)
     batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
-    if not first:  # a kill before the first epoch ends finds the run
+    if start == 0:  # a kill before the first epoch ends finds the run
         save_run(run, parts, state)
-    start, reported = first, began
-    bar = tqdm(initial=first, total=last, unit="step", leave=False,
-               disable=RANK > 0 or not sys.stderr.isatty())
-    for step in range(first, last + 1):
-        if step == steps * (1 + len(state["history"])):  # an epoch is over
-            speed = (step - first) * options["batch"] / (time.monotonic() - began)
-            save_run(run, parts, state)  # a kill or a picture may end the evaluation
-            line = end_epoch(run, parts, state, batches_to_evaluate, speed)
-            if RANK == 0:
-                bar.write(line)
-            first, began = step, time.monotonic()
-        if step == last:
-            break
-        unreadable = None
-        try:
-            batch = [next(batches) for _ in range(micro_steps(options))]
-        except Stopped as error:
-            unreadable = error
-        stop, = total(bool(SIGNALS or unreadable))
-        if stop:
-            save_run(run, parts, state)
-            print(f"saved after step {step} of {last}: the same command goes on, with --out "
-                  f"{options['out']}")
-            if unreadable:
-                raise unreadable
-            return
-        rate = learning_rate(step / steps, options)
-        for group in parts["optimizer"].param_groups:
-            group["lr"] = rate
-        loss = train_step(parts, forward, batch, mix, options, step)
-        state.update(step=step + 1, loss=state["loss"] + loss)
-        bar.set_postfix(loss=loss, lr=rate, refresh=False)
-        bar.update()
-        now = time.monotonic()
-        pace = (now - began) / (step + 1 - first)  # seconds per step
-        if step == start:  # which also starts the workers and tunes cuDNN
-            warm = now
-        if step == start + 4:
-            print(f"an epoch takes about {(now - warm) / 4 * steps / 60:.1f} minutes, and its "
-                  "evaluation")
-        if bar.disable and now - reported > 60:  # a line a minute where there is no terminal
-            left = tqdm.format_interval(pace * (last - step - 1))
-            print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
-            reported = now
+    for epoch in range(len(state["history"]), options["epochs"]):
+        first, began = state["step"], time.monotonic()
+        bar = tqdm(range(first, (epoch + 1) * steps), initial=first, total=last, unit="step",
+                   leave=False, disable=RANK > 0 or None)  # None: if there is no terminal
+        for step in bar:
+            unreadable = None
+            try:
+                batch = [next(batches) for _ in range(micro_steps(options))]
+            except Stopped as error:
+                unreadable = error
+            stop, = total(bool(SIGNALS or unreadable))
+            if stop:
+                save_run(run, parts, state)
+                print(f"saved after step {step} of {last}: the same command goes on, with --out "
+                      f"{options['out']}")
+                if unreadable:
+                    raise unreadable
+                return
+            rate = learning_rate(step / steps, options)
+            for group in parts["optimizer"].param_groups:
+                group["lr"] = rate
+            loss = train_step(parts, forward, batch, mix, options, step)
+            state.update(step=step + 1, loss=state["loss"] + loss)
+            bar.set_postfix(loss=loss, lr=rate, refresh=False)
+            now = time.monotonic()
+            if step == start:  # which also starts the workers and tunes cuDNN
+                warm = reported = now
+            pace = (now - warm) / max(1, step - start)  # seconds per step
+            if step == start + 4:
+                print(f"an epoch takes about {pace * steps / 60:.1f} minutes, and its evaluation")
+            if bar.disable and now - reported > 60:  # a line a minute
+                left = tqdm.format_interval(pace * (last - step - 1))
+                print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
+                reported = now
+        speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
+        end_epoch(run, parts, state, batches_to_evaluate, speed)
     print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
 
 
