@@ -96,15 +96,11 @@ FREE = {"epochs", "micro", "workers", "amp", "compile", "out"}  # may change whi
 
 
 class Stopped(Exception):
-    """What ended a command, in one line. `code` is the exit code."""
-
-    code = 1
+    """What ended a command, in one line. Exit code 1."""
 
 
 class BadInput(Stopped, ValueError):
-    """Found before anything was done."""
-
-    code = 2
+    """Found before anything was done. Exit code 2."""
 
 
 def refuse(message):
@@ -788,8 +784,9 @@ def command_line(argv):
     except Stopped as stopped:
         error = stopped
     line = str(error).splitlines()[-1].rpartition("Stopped: ")[2]  # of a worker's traceback
-    print(f"train.py: {'error: ' * (error.code - 1)}{line}", file=sys.stderr)
-    return error.code
+    bad = isinstance(error, BadInput)
+    print(f"train.py: {'error: ' * bad}{line}", file=sys.stderr)
+    return 1 + bad
 
 
 if __name__ == "__main__":
