@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -376,12 +375,12 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{data} needs {part}/ with a folder of pictures for each class{hint}")
         if not self.find_classes(Path(data, part))[0]:
             raise ValueError(f"{data}/{part} needs a folder for each class, its pictures in it")
-        endings, self.left_out = Image.registered_extensions(), Counter()
+        endings, self.left_out = Image.registered_extensions(), []
         self.readable = {ending for ending, name in endings.items() if name in Image.OPEN}
         super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture)
         if self.left_out:
-            print(f"{self.left_out.total():,} files in {self.root} are left out, as Pillow cannot "
-                  f"read {', '.join(sorted(self.left_out))}")
+            print(f"{len(self.left_out):,} files in {self.root} are left out, as Pillow cannot "
+                  f"read {', '.join(sorted({*self.left_out}))}")
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
@@ -393,7 +392,7 @@ class Folder(datasets.ImageFolder):
         ending = os.path.splitext(path)[1]
         readable = ending.lower() in self.readable
         if not hidden and not readable:
-            self.left_out[ending or os.path.basename(path)] += 1
+            self.left_out.append(ending or os.path.basename(path))
         return readable and not hidden
 
 
