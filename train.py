@@ -110,21 +110,19 @@ PARSER = argparse.ArgumentParser(
     prog="train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
     formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.error = refuse
-for name, more in {
-        "--model": dict(choices=VARIANTS, help="default: tiny"),
-        "--set": dict(nargs="+", metavar="FIELD=VALUE",
-                      help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1"),
-        "--data": dict(help=f"a folder, or one of {', '.join(DATA)}; default: digits"),
-        "--out": dict(help="folder of the run; default: the next free number in runs"),
-        "--weights": dict(help="a checkpoint to start from, to evaluate or to predict with"),
-        "--eval": dict(action="store_true", help="evaluate --weights and end"),
-        "--predict": dict(nargs="+", metavar="FILE", help="name the likeliest classes and end"),
-        "--amp": dict(choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU"),
-        "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile")}.items():
-    PARSER.add_argument(name, **more)
+add = PARSER.add_argument
+add("--model", choices=VARIANTS, help="default: tiny")
+add("--set", nargs="+", metavar="FIELD=VALUE",
+    help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1")
+add("--data", help=f"a folder, or one of {', '.join(DATA)}; default: digits")
+add("--out", help="folder of the run; default: the next free number in runs")
+add("--weights", help="a checkpoint to start from, to evaluate or to predict with")
+add("--eval", action="store_true", help="evaluate --weights and end")
+add("--predict", nargs="+", metavar="FILE", help="name the likeliest classes and end")
+add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
+add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
 for name, (value, _, _, meaning) in RECIPE.items():
-    PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
-                        help=f"{meaning}; ImageNet: {value:g}")
+    add("--" + name.replace("_", "-"), type=type(value), help=f"{meaning}; ImageNet: {value:g}")
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
