@@ -72,14 +72,12 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "seed": (0, 0, 2**32 - 1, "of everything that is random"),
     "workers": (-1, -1, 512, "processes that read pictures; -1: one for each core"),
 }
-SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0)
-DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0,
-                      rand_augment=0.0, cutmix=0.0)
-FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, rand_augment=0.0,
-                       cutmix=0.0, erasing=0.1)
-CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4)
-LARGER = SMALL | dict(size=160, epochs=100, batch=128, min_crop=0.3, center=0.875)
-FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5, rand_augment=0.0, cutmix=0.0)
+SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0)
+DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0)
+FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, erasing=0.1)
+CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4, cutmix=1.0, rand_augment=9.0)
+LARGER = CIFAR | dict(size=160, min_crop=0.3, center=0.875)
+FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5)
 FINETUNE = FOLDER | dict(epochs=20, lr=3e-4, min_crop=0.6)
 DATA = {  # what differs from the recipe, torchvision's class, how it calls its two parts
     "digits": (DIGITS, None, None, None),
