@@ -653,8 +653,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
-    if start == 0:  # a kill before the first epoch ends finds the run
-        save_run(run, parts, state)
+    save_run(run, parts, state)  # a kill before the first epoch ends finds the run
     for epoch in range(len(state["history"]), options["epochs"]):
         first, began = state["step"], time.monotonic()
         bar = tqdm(range(first, (epoch + 1) * steps), initial=first, total=last, unit="step",
