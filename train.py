@@ -24,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -501,8 +500,8 @@ def load(path):
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a damaged file may raise almost anything
-        refused = re.search(r"GLOBAL [\w.]+", str(error))  # a type that could run code
-        why = refused[0] if refused else " ".join(repr(error)[:120].split())
+        _, refused, name = str(error).partition("GLOBAL ")  # a type that could run code
+        why = refused + name.split()[0] if refused else repr(error)[:120]
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
