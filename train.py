@@ -256,8 +256,7 @@ def prepare(given, store):
         print(f"weights from {options['weights']}, pictures from {data}"
               + "; the classifier is a new one" * fresh)
     if not old:
-        number = len(train_set) if training else 10**6
-        options, why = choose(given | dict(data=data), number, trained, fresh)
+        options, why = choose(given | dict(data=data), len(train_set) or 10**6, trained, fresh)
         print(f"the settings for {why}, and what was typed\n" * training, end="")
     size, stride = options["size"], 2 ** (1 + len(config.depths))
     smallest = options["batch"] // WORLD // micro_steps(options)
@@ -268,7 +267,7 @@ def prepare(given, store):
     if pictures != old.get("pictures", pictures):
         print("the pictures have changed since the run began; its epochs stay as long as they were")
     run = dict(options=options, config=asdict(config), classes=classes, pictures=pictures,
-               steps=old.get("steps", max(1, len(train_set or ()) // options["batch"])))
+               steps=old.get("steps", max(1, len(train_set) // options["batch"])))
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
         os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
@@ -392,7 +391,7 @@ class Folder(datasets.ImageFolder):
 
 
 def load_pictures(data, train=True):
-    """The pictures to train on, or None; those to evaluate; the names of the classes."""
+    """The pictures to train on, none without `train`; those to evaluate; names of the classes."""
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -400,7 +399,7 @@ def load_pictures(data, train=True):
         pictures = [(Image.fromarray((image * 255 / 16).astype("uint8")), int(label))
                     for image, label in zip(bunch.images, bunch.target)]
         parts = train_test_split(pictures, test_size=0.2, stratify=bunch.target, random_state=0)
-        return parts[0] if train else None, parts[1], [str(name) for name in bunch.target_names]
+        return parts[0] if train else [], parts[1], [str(name) for name in bunch.target_names]
     if data in DATA:
         _, make, *parts = DATA[data]
         try:
@@ -418,14 +417,14 @@ def load_pictures(data, train=True):
                          f"{sorted({*others} - {*names})}: each class needs a folder in both")
     if train and len(names) < 2:
         raise ValueError(f"{data} has one class, {names[0]}: there is nothing to tell it from")
-    return parts[0] if train else None, parts[-1], names
+    return parts[0] if train else [], parts[-1], names
 
 
 def describe(pictures):
     """How many pictures there are, and a checksum of their names."""
     names = [path.removeprefix(str(pictures.root)).replace(os.sep, "/")
              for path, _ in getattr(pictures, "samples", ())]
-    return f"{len(pictures or ())} {zlib.crc32(repr(names).encode()):08x}"
+    return f"{len(pictures)} {zlib.crc32(repr(names).encode()):08x}"
 
 
 class Pictures(Dataset):
