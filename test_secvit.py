@@ -622,7 +622,7 @@ def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(monkeypatch)
 
 
 def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, capsys, at_step):
-    """Also a run that is killed before its first checkpoint: it starts from the weights again."""
+    """Also a run that is killed in its first step: it goes on from the weights."""
     three = shutil.copytree(folder, tmp_path / "three")
     for part in ("train", "val"):
         shutil.copytree(three / part / "red", three / part / "green")

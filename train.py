@@ -24,12 +24,10 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -73,14 +71,12 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "seed": (0, 0, 2**32 - 1, "of everything that is random"),
     "workers": (-1, -1, 512, "processes that read pictures; -1: one for each core"),
 }
-SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0)
-DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0,
-                      rand_augment=0.0, cutmix=0.0)
-FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, rand_augment=0.0,
-                       cutmix=0.0, erasing=0.1)
-CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4)
-LARGER = SMALL | dict(size=160, epochs=100, batch=128, min_crop=0.3, center=0.875)
-FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5, rand_augment=0.0, cutmix=0.0)
+SMALL = dict(repeats=1, center=1.0, ema=0.999, erasing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0)
+DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=0.0)
+FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, erasing=0.1)
+CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4, cutmix=1.0, rand_augment=9.0)
+LARGER = CIFAR | dict(size=160, min_crop=0.3, center=0.875)
+FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5)
 FINETUNE = FOLDER | dict(epochs=20, lr=3e-4, min_crop=0.6)
 DATA = {  # what differs from the recipe, torchvision's class, how it calls its two parts
     "digits": (DIGITS, None, None, None),
@@ -96,15 +92,11 @@ FREE = {"epochs", "micro", "workers", "amp", "compile", "out"}  # may change whi
 
 
 class Stopped(Exception):
-    """What ended a command, in one line. `code` is the exit code."""
-
-    code = 1
+    """What ended a command, in one line. Exit code 1."""
 
 
 class BadInput(Stopped, ValueError):
-    """Found before anything was done."""
-
-    code = 2
+    """Found before anything was done. Exit code 2."""
 
 
 def refuse(message):
@@ -115,21 +107,19 @@ PARSER = argparse.ArgumentParser(
     prog="train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
     formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.error = refuse
-for name, more in {
-        "--model": dict(choices=VARIANTS, help="default: tiny"),
-        "--set": dict(nargs="+", metavar="FIELD=VALUE",
-                      help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1"),
-        "--data": dict(help=f"a folder, or one of {', '.join(DATA)}; default: digits"),
-        "--out": dict(help="folder of the run; default: the next free number in runs"),
-        "--weights": dict(help="a checkpoint to start from, to evaluate or to predict with"),
-        "--eval": dict(action="store_true", help="evaluate --weights and end"),
-        "--predict": dict(nargs="+", metavar="FILE", help="name the likeliest classes and end"),
-        "--amp": dict(choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU"),
-        "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile")}.items():
-    PARSER.add_argument(name, **more)
+add = PARSER.add_argument
+add("--model", choices=VARIANTS, help="default: tiny")
+add("--set", nargs="+", metavar="FIELD=VALUE",
+    help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1")
+add("--data", help=f"a folder, or one of {', '.join(DATA)}; default: digits")
+add("--out", help="folder of the run; default: the next free number in runs")
+add("--weights", help="a checkpoint to start from, to evaluate or to predict with")
+add("--eval", action="store_true", help="evaluate --weights and end")
+add("--predict", nargs="+", metavar="FILE", help="name the likeliest classes and end")
+add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
+add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
 for name, (value, _, _, meaning) in RECIPE.items():
-    PARSER.add_argument("--" + name.replace("_", "-"), type=type(value),
-                        help=f"{meaning}; ImageNet: {value:g}")
+    add("--" + name.replace("_", "-"), type=type(value), help=f"{meaning}; ImageNet: {value:g}")
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -141,11 +131,9 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cp
 def parse(argv):
     """What was typed, within its bounds."""
     given = vars(PARSER.parse_args(argv))
-    for name in RECIPE.keys() & given.keys():
-        _, low, high, _ = RECIPE[name]
-        if not low <= given[name] <= high:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {given[name]} is not in {low} to {high}")
+    for name, (_, low, high, _) in RECIPE.items():
+        if not low <= given.get(name, low) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not in {low} to {high}")
     if given.keys() & {"eval", "predict"} and "weights" not in given:
         raise ValueError("--eval and --predict need --weights, a checkpoint")
     return given
@@ -220,8 +208,7 @@ def going_on(given, old):
         if given[name] != options.get(name):
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the run in {given['out']} "
                              f"has {options.get(name)}; for another run choose another --out")
-    step, steps = old.get("state", {}).get("step", 0), old.get("steps", math.inf)
-    if given.get("epochs", math.inf) * steps < step:
+    if given.get("epochs", math.inf) * old.get("steps", math.inf) < old["state"]["step"]:
         raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further; type "
                          "more")
     return options | {name: given[name] for name in given.keys() & FREE}
@@ -242,37 +229,34 @@ def prepare(given, store):
     last = Path(given["out"], "last.pt") if training and "out" in given else None
     old = load(last) if last and last.exists() else {}
     options = going_on(given, old) if old else given
-    states = old if "model" in old else {}
-    weights = states or (load(options["weights"]) if "weights" in options else {})
+    weights = old or (load(options["weights"]) if "weights" in options else {})
     trained = weights.get("options", {})
     data = options.get("data", "digits" if training else trained.get("data", "digits"))
     train_set, val_set, names = load_pictures(data, training)
     known = weights.get("classes", names)  # in the order of the classifier
-    classes = old.get("classes", known if {*known} == {*names} or not training else names)
+    fresh = training and not old and {*known} != {*names}  # fine-tuning, with a new classifier
+    classes = names if fresh else known
     new, gone = ({*names} - {*classes}), ({*classes} - {*names})
     if new or gone and training:
         raise ValueError(f"the classes of {data} are not those of {last or options['weights']}: "
                          f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders")
     if gone:
         print(f"{data} has no pictures of {', '.join(sorted(gone))}")
-    config = model_config(options, old if "config" in old else weights, len(classes))
+    config = model_config(options, weights, len(classes))
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
-    fresh = {*known} != {*classes} and training
-    if fresh:  # also where there are as many
-        classifier = {name: value for name, value in model.state_dict().items() if "head.5" in name}
-        weights = weights | dict(model=weights["model"] | classifier)
     if weights:
         try:
-            fresh |= load_weights(model, weights, new_head=training and not states)
+            fresh |= load_weights(model, weights, new_head=training and not old)
         except ValueError as error:
-            raise ValueError(f"{last if states else options['weights']}: {error}")
-    if weights and not states:
+            raise ValueError(f"{last if old else options['weights']}: {error}")
+    if fresh:  # also where there are as many classes
+        model.init_weights(model.head[5])
+    if weights and not old:
         print(f"weights from {options['weights']}, pictures from {data}"
               + "; the classifier is a new one" * fresh)
     if not old:
-        number = len(train_set) if training else 10**6
-        options, why = choose(given | dict(data=data), number, trained, fresh)
+        options, why = choose(given | dict(data=data), len(train_set) or 10**6, trained, fresh)
         print(f"the settings for {why}, and what was typed\n" * training, end="")
     size, stride = options["size"], 2 ** (1 + len(config.depths))
     smallest = options["batch"] // WORLD // micro_steps(options)
@@ -283,15 +267,12 @@ def prepare(given, store):
     if pictures != old.get("pictures", pictures):
         print("the pictures have changed since the run began; its epochs stay as long as they were")
     run = dict(options=options, config=asdict(config), classes=classes, pictures=pictures,
-               steps=old.get("steps", max(1, len(train_set or ()) // options["batch"])))
+               steps=old.get("steps", max(1, len(train_set) // options["batch"])))
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        out = Path(options.setdefault("out", f"runs/{number}"))
-        out.mkdir(parents=True, exist_ok=True)
-        if not old:  # a kill before the first epoch ends finds the same options
-            save(out / "last.pt", partial(torch.save, run))
+        os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
         store.set("out", options["out"])
-    return run, model, states, train_set, val_set, [classes.index(name) for name in names]
+    return run, model, old, train_set, val_set, [classes.index(name) for name in names]
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -388,12 +369,12 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{data} needs {part}/ with a folder of pictures for each class{hint}")
         if not self.find_classes(Path(data, part))[0]:
             raise ValueError(f"{data}/{part} needs a folder for each class, its pictures in it")
-        endings, self.left_out = Image.registered_extensions(), Counter()
+        endings, self.left_out = Image.registered_extensions(), []
         self.readable = {ending for ending, name in endings.items() if name in Image.OPEN}
         super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture)
         if self.left_out:
-            print(f"{self.left_out.total():,} files in {self.root} are left out, as Pillow cannot "
-                  f"read {', '.join(sorted(self.left_out))}")
+            print(f"{len(self.left_out):,} files in {self.root} are left out, as Pillow cannot "
+                  f"read {', '.join(sorted({*self.left_out}))}")
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
@@ -401,17 +382,16 @@ class Folder(datasets.ImageFolder):
         return names, {name: index for index, name in enumerate(names)}
 
     def is_picture(self, path):
-        inside = path.removeprefix(str(self.root))
-        hidden = any(part.startswith(".") for part in inside.split(os.sep))
+        hidden = os.sep + "." in path.removeprefix(str(self.root))
         ending = os.path.splitext(path)[1]
         readable = ending.lower() in self.readable
         if not hidden and not readable:
-            self.left_out[ending or os.path.basename(path)] += 1
+            self.left_out.append(ending or os.path.basename(path))
         return readable and not hidden
 
 
 def load_pictures(data, train=True):
-    """The pictures to train on, or None; those to evaluate; the names of the classes."""
+    """The pictures to train on, none without `train`; those to evaluate; names of the classes."""
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -419,7 +399,7 @@ def load_pictures(data, train=True):
         pictures = [(Image.fromarray((image * 255 / 16).astype("uint8")), int(label))
                     for image, label in zip(bunch.images, bunch.target)]
         parts = train_test_split(pictures, test_size=0.2, stratify=bunch.target, random_state=0)
-        return parts[0] if train else None, parts[1], [str(name) for name in bunch.target_names]
+        return parts[0] if train else [], parts[1], [str(name) for name in bunch.target_names]
     if data in DATA:
         _, make, *parts = DATA[data]
         try:
@@ -437,14 +417,14 @@ def load_pictures(data, train=True):
                          f"{sorted({*others} - {*names})}: each class needs a folder in both")
     if train and len(names) < 2:
         raise ValueError(f"{data} has one class, {names[0]}: there is nothing to tell it from")
-    return parts[0] if train else None, parts[-1], names
+    return parts[0] if train else [], parts[-1], names
 
 
 def describe(pictures):
     """How many pictures there are, and a checksum of their names."""
     names = [path.removeprefix(str(pictures.root)).replace(os.sep, "/")
              for path, _ in getattr(pictures, "samples", ())]
-    return f"{len(pictures or ())} {zlib.crc32(repr(names).encode()):08x}"
+    return f"{len(pictures)} {zlib.crc32(repr(names).encode()):08x}"
 
 
 class Pictures(Dataset):
@@ -519,8 +499,8 @@ def load(path):
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a damaged file may raise almost anything
-        refused = re.search(r"GLOBAL [\w.]+", str(error))  # a type that could run code
-        why = refused[0] if refused else " ".join(repr(error)[:120].split())
+        _, refused, name = str(error).partition("GLOBAL ")  # a type that could run code
+        why = refused + name.split()[0] if refused else repr(error)[:120]
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
@@ -636,6 +616,7 @@ def save_run(run, parts, state):
 def end_epoch(run, parts, state, batches, speed):
     """Evaluates the weights and their average, and keeps the record and the best of them."""
     options = run["options"]
+    save_run(run, parts, state)  # a kill or a picture may end the evaluation
     raw, ema = evaluate((parts["model"], parts["ema"].module), batches, options)
     better = raw if raw["top1"] > ema["top1"] else ema
     record = dict(epoch=len(state["history"]) + 1, loss=state["loss"] / run["steps"],
@@ -649,73 +630,65 @@ def end_epoch(run, parts, state, batches, speed):
     state["history"].append(record)
     state.update(loss=0.0, best=max(state["best"], record["top1"]))
     save_run(run, parts, state)
-    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+    print("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
 
 def train(run, model, states, train_set, batches_to_evaluate, places):
     """From the step of the checkpoint to the end of the run, or to a signal."""
     options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
-    state = dict(step=0, loss=0.0, best=-1.0, history=[])  # what changes beside the parts
-    state |= states.get("state", {})
-    before = states.get("options", options)
-    parts = build(options, model, states)
-    first, began = state["step"], time.monotonic()
+    state = states.get("state") or dict(step=0, loss=0.0, best=-1.0, history=[])  # beside the parts
+    start, before = state["step"], states.get("options", options)
     if before["epochs"] != options["epochs"]:
-        old, new = (learning_rate(first / steps, values) for values in (before, options))
+        old, new = (learning_rate(start / steps, values) for values in (before, options))
         print(f"{before['epochs']} epochs are now {options['epochs']}: the learning rate goes on "
               f"at {new:.3g} instead of {old:.3g}")
+    parts = build(options, model, states)
     forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
     forward = torch.compile(forward) if options["compile"] else forward
     augment, _, mix = transforms(options, len(run["classes"]))
-    samples = schedule(len(train_set), steps, options, first)
+    samples = schedule(len(train_set), steps, options, start)
     batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
-    start, reported = first, began
-    bar = tqdm(initial=first, total=last, unit="step", leave=False,
-               disable=RANK > 0 or not sys.stderr.isatty())
-    for step in range(first, last + 1):
-        if step == steps * (1 + len(state["history"])):  # an epoch is over
-            speed = (step - first) * options["batch"] / (time.monotonic() - began)
-            save_run(run, parts, state)  # a kill or a picture may end the evaluation
-            line = end_epoch(run, parts, state, batches_to_evaluate, speed)
-            if RANK == 0:
-                bar.write(line)
-            first, began = step, time.monotonic()
-        if step == last:
-            break
-        unreadable = None
-        try:
-            batch = [next(batches) for _ in range(micro_steps(options))]
-        except Stopped as error:
-            unreadable = error
-        stop, = total(bool(SIGNALS or unreadable))
-        if stop:
-            save_run(run, parts, state)
-            print(f"saved after step {step} of {last}: the same command goes on, with --out "
-                  f"{options['out']}")
-            if unreadable:
-                raise unreadable
-            return
-        rate = learning_rate(step / steps, options)
-        for group in parts["optimizer"].param_groups:
-            group["lr"] = rate
-        loss = train_step(parts, forward, batch, mix, options, step)
-        state.update(step=step + 1, loss=state["loss"] + loss)
-        bar.set_postfix(loss=loss, lr=rate, refresh=False)
-        bar.update()
-        now = time.monotonic()
-        pace = (now - began) / (step + 1 - first)  # seconds per step
-        if step == start:  # which also starts the workers and tunes cuDNN
-            warm = now
-        if step == start + 4:
-            interval = tqdm.format_interval((now - warm) / 4 * steps)  # 02:05 or 3:02:05
-            print(f"an epoch takes about {interval}, and its evaluation")
-        if bar.disable and now - reported > 60:  # a line a minute where there is no terminal
-            left = tqdm.format_interval(pace * (last - step - 1))
-            print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
-            reported = now
+    save_run(run, parts, state)  # a kill before the first epoch ends finds the run
+    for epoch in range(len(state["history"]), options["epochs"]):
+        first, began = state["step"], time.monotonic()
+        bar = tqdm(range(first, (epoch + 1) * steps), initial=first, total=last, unit="step",
+                   leave=False, disable=RANK > 0 or None)  # None: if there is no terminal
+        for step in bar:
+            unreadable = None
+            try:
+                batch = [next(batches) for _ in range(micro_steps(options))]
+            except Stopped as error:
+                unreadable = error
+            stop, = total(bool(SIGNALS or unreadable))
+            if stop:
+                save_run(run, parts, state)
+                print(f"saved after step {step} of {last}: the same command goes on, with --out "
+                      f"{options['out']}")
+                if unreadable:
+                    raise unreadable
+                return
+            rate = learning_rate(step / steps, options)
+            for group in parts["optimizer"].param_groups:
+                group["lr"] = rate
+            loss = train_step(parts, forward, batch, mix, options, step)
+            state.update(step=step + 1, loss=state["loss"] + loss)
+            bar.set_postfix(loss=loss, lr=rate, refresh=False)
+            now = time.monotonic()
+            if step == start:  # which also starts the workers and tunes cuDNN
+                warm = reported = now
+            pace = (now - warm) / max(1, step - start)  # seconds per step
+            if step == start + 4:
+                interval = tqdm.format_interval(pace * steps)  # 02:05 or 3:02:05
+                print(f"an epoch takes about {interval}, and its evaluation")
+            if bar.disable and now - reported > 60:  # a line a minute
+                left = tqdm.format_interval(pace * (last - step - 1))
+                print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
+                reported = now
+        speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
+        end_epoch(run, parts, state, batches_to_evaluate, speed)
     print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
 
 
@@ -804,8 +777,9 @@ def command_line(argv):
     except Stopped as stopped:
         error = stopped
     line = str(error).splitlines()[-1].rpartition("Stopped: ")[2]  # of a worker's traceback
-    print(f"train.py: {'error: ' * (error.code - 1)}{line}", file=sys.stderr)
-    return error.code
+    bad = isinstance(error, BadInput)
+    print(f"train.py: {'error: ' * bad}{line}", file=sys.stderr)
+    return 1 + bad
 
 
 if __name__ == "__main__":
