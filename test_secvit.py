@@ -1054,26 +1054,6 @@ def test_randaugment_draws_as_the_recipe_does(monkeypatch):
     assert near((size < 0.85).sum().item(), 0.15866, len(names))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_picture_is_evaluated_once(world, monkeypatch):
-    def read(pictures, options, sampler, batch_size):
-        shares.extend(sampler)
-    shares, run = [], dict(options=recipe(), classes=["a", "b"])
-    monkeypatch.setattr(train, "loader", read)
-    monkeypatch.setattr(train, "evaluate", lambda *_: [dict(top1=0.0, top5=0.0, loss=0.0)])
-    monkeypatch.setattr(train, "parse", lambda _: {})
-    monkeypatch.setattr(train, "prepare", lambda *_: (
-        run, torch.nn.Identity(), {}, None, range(1001), [0, 1]))
-    monkeypatch.setattr(dist, "init_process_group", lambda **_: None)
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda prepared: prepared.__setitem__(
-        0, train.prepare()))
-    monkeypatch.setattr(train, "WORLD", world)
-    for rank in range(world):
-        monkeypatch.setattr(train, "RANK", rank)
-        train.work([])
-    assert sorted(shares) == [(index,) for index in range(1001)]
-
-
 def samples(monkeypatch, pictures, rank=0, world=1, batch=1024, micro=1024, steps=None):
     """The batches of samples of one epoch for one process."""
     monkeypatch.setattr(train, "RANK", rank)
@@ -1215,7 +1195,7 @@ def test_a_run_that_goes_on_frees_what_it_has_loaded():
 
 # ------------------------------------------------------------------------------ what a run survives
 
-PATCHED = """  # gradient descent; every rank's weights are saved; a rank may die in two steps
+PATCHED = """  # gradient descent; a rank may die in two steps; each saves what it has done
 import os, sys, torch, train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 def step(*arguments):
@@ -1223,20 +1203,21 @@ def step(*arguments):
         if not os.path.exists(f"dead{arguments[-1]}"):
             open(f"dead{arguments[-1]}", "w").close()
             os._exit(9)
+    if arguments[-1] == 0:
+        arguments[1].register_comm_hook(None, meet)
     return train_step(*arguments)
-def save(run, parts, state):
-    torch.save(parts["model"].state_dict(), f"{run['options']['out']}/rank{train.RANK}.pt")
-    save_run(run, parts, state)
-def reduced(state, bucket):
-    with open(f"meetings{train.RANK}", "a") as file:
-        file.write("one ")
+def meet(state, bucket):
+    meetings.append(1)
     return allreduce_hook(None, bucket)
-class Counted(train.DistributedDataParallel):
-    def __init__(self, model):
-        super().__init__(model)
-        self.register_comm_hook(None, reduced)
-if os.environ.get("COUNTS"):
-    train.DistributedDataParallel = Counted
+def read(path):
+    pictures.append(path)
+    return open_picture(path)
+def save(run, parts, state):
+    done = parts["model"].state_dict(), len(meetings), pictures
+    torch.save(done, f"{run['options']['out']}/rank{train.RANK}.pt")
+    save_run(run, parts, state)
+meetings, pictures = [], []
+open_picture, train.open_picture = train.open_picture, read
 train_step, train.train_step = train.train_step, step
 save_run, train.save_run = train.save_run, save
 torch.optim.AdamW = lambda groups, lr, fused: torch.optim.SGD(groups, lr)
@@ -1252,7 +1233,7 @@ def torchrun(*command, cwd=HERE, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd)
 
 
-def test_processes_train_like_one_on_one_machine_or_two_that_lose_a_rank(
+def test_processes_work_like_one_on_one_machine_or_two_that_lose_a_rank(
         folder, tmp_path, monkeypatch):
     """Equal weights on all ranks, and those of one process that takes four micro-steps.
 
@@ -1263,8 +1244,7 @@ def test_processes_train_like_one_on_one_machine_or_two_that_lose_a_rank(
     script.write_text(PATCHED)
     commands = [arguments(folder, tmp_path / name, *GRADUAL, model=EXACT)
                 for name in ("one", "pair", "agents")]
-    pair = torchrun("--standalone", "--nproc_per_node=2", script, *commands[1], cwd=tmp_path,
-                    COUNTS="1")
+    pair = torchrun("--standalone", "--nproc_per_node=2", script, *commands[1], cwd=tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -1279,11 +1259,12 @@ def test_processes_train_like_one_on_one_machine_or_two_that_lose_a_rank(
     assert [job.returncode for job in (pair, *agents)] == [0, 0, 0], said
     assert bad.returncode and said[3].count("--epochs 0 is not in") == 1
     assert 'train.py", line' not in said[3]
-    for rank in (0, 1):  # gradients meet once in each of 6 steps, after two micro-steps
-        assert (tmp_path / f"meetings{rank}").read_text().count("one") == 6
     assert (tmp_path / "dead4").exists() and "2 process(es)" in said[0]
-    models = [torch.load(tmp_path / run / f"rank{rank}.pt")
-              for run in ("pair", "agents") for rank in (0, 1)]
+    models, meetings, pictures = zip(*(torch.load(tmp_path / run / f"rank{rank}.pt")
+                                       for run in ("pair", "agents") for rank in (0, 1)))
+    assert meetings[:2] == (6, 6)  # gradients meet once in a step, after two micro-steps
+    evaluated = sorted(path for path in sum(pictures[:2], []) if "val" in Path(path).parts)
+    assert evaluated == sorted(2 * [*map(str, folder.glob("val/*/*"))])  # each once an epoch
     for name, p in models[0].items():
         assert all(torch.equal(p, model[name]) for model in models[1:]), name
     train.seed_all("weights", 0)
