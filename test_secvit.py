@@ -851,34 +851,29 @@ def test_ten_thousand_command_lines_never_give_a_traceback(capsys):
 
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+PALETTE = Image.new("P", (8, 8), 3)
+PALETTE.putpalette([9, 9, 9] * 256)
+UPRIGHT = Image.Exif()
+UPRIGHT[0x112] = 6  # as the camera was held
 
 
 @pytest.mark.parametrize("name, picture, expected", [
     ("16.png", Image.fromarray(RAMP), RAMP / 257), ("16.tif", Image.fromarray(RAMP), RAMP / 257),
+    ("big.tif", Image.frombytes("I;16B", (8, 8), RAMP.astype(">u2").tobytes()), RAMP / 257),
     ("32.tif", Image.fromarray(RAMP.astype(np.int32)), RAMP / 257),
     ("8.png", Image.fromarray((RAMP // 257).astype(np.uint8)), RAMP // 257),
     ("alpha.png", Image.new("RGBA", (8, 8), (200, 0, 0, 0)), 255 + 0 * RAMP),
     ("half.webp", Image.new("RGBA", (8, 8), (0, 0, 0, 128)), 127 + 0 * RAMP),
     ("grey.png", Image.new("LA", (8, 8), (0, 0)), 255 + 0 * RAMP),
+    ("palette.gif", PALETTE, 255 + 0 * RAMP),
+    ("turned.jpg", Image.fromarray((RAMP // 257).astype(np.uint8)), np.rot90(RAMP // 257, -1)),
     ("one.bmp", Image.new("1", (8, 8), 1), 255 + 0 * RAMP)])
 def test_pictures_arrive_as_a_person_sees_them(tmp_path, name, picture, expected):
-    picture.save(tmp_path / name, **dict(lossless=True) if name.endswith("webp") else {})
+    options = dict(webp=dict(lossless=True), gif=dict(transparency=3),
+                   jpg=dict(exif=UPRIGHT, quality=100))
+    picture.save(tmp_path / name, **options.get(name.partition(".")[2], {}))
     seen = train.open_picture(tmp_path / name)
     assert seen.mode == "RGB" and abs(np.asarray(seen, float) - expected[..., None]).max() <= 1
-
-
-def test_big_endian_palettes_and_orientation(tmp_path):
-    Image.frombytes("I;16B", (8, 8), RAMP.astype(">u2").tobytes()).save(tmp_path / "b.tif")
-    seen = np.asarray(train.open_picture(tmp_path / "b.tif"), float)
-    assert abs(seen[..., 0] - RAMP / 257).max() < 1
-    palette = Image.new("P", (8, 8), 3)
-    palette.putpalette([9, 9, 9] * 256)
-    palette.save(tmp_path / "p.gif", transparency=3)
-    assert train.open_picture(tmp_path / "p.gif").getpixel((0, 0)) == (255, 255, 255)
-    tags = Image.Exif()
-    tags[0x112] = 6  # the camera was held upright
-    Image.new("RGB", (8, 4)).save(tmp_path / "e.jpg", exif=tags)
-    assert train.open_picture(tmp_path / "e.jpg").size == (4, 8)
 
 
 @pytest.mark.parametrize("values", [RAMP.astype(np.float32) / 65535, RAMP.astype(np.int32) * 9])
