@@ -54,26 +54,19 @@ def seed():
 # --------------------------------------------------------------------------------------- clustering
 
 
-SIZES = pytest.mark.parametrize("l, clusters", [(96, 8), (63, 32), (101, 8), (49, 1), (5, 32)])
-
-
-@SIZES
-def test_clusters_are_equal_pieces_of_the_tokens_by_falling_similarity(l, clusters):
+@pytest.mark.parametrize("l, clusters", [(96, 8), (63, 32), (101, 8), (49, 1), (5, 32)])
+def test_clusters_are_equal_pieces_by_falling_similarity_and_ungroup_is_the_inverse(l, clusters):
     """Equal or, where l does not divide, the first ones longer by a token; also as labels."""
     k = torch.randn(2, 3, l, 8)
     x = torch.stack((similarity(k), cluster_labels(k, clusters)), dim=-1)
-    parts = group(x, row_numbers(cluster_order(k)), clusters)
+    rows = row_numbers(cluster_order(k))
+    parts = group(x, rows, clusters)
+    assert torch.equal(ungroup(parts, rows), x)
     pieces = [piece for part in parts for piece in part.unflatten(1, (3, -1)).unbind(2)]
     expected = similarity(k).sort(descending=True).values.tensor_split(min(clusters, l), dim=-1)
     assert len(pieces) == len(expected)
     for number, (piece, sim) in enumerate(zip(pieces, expected)):
         assert torch.equal(piece[..., 0], sim) and (piece[..., 1] == number).all()
-
-
-@SIZES
-def test_ungroup_after_group_is_the_identity(l, clusters):
-    x, rows = torch.randn(2, 3, l, 4), row_numbers(torch.rand(2, 3, l).argsort(dim=-1))
-    assert torch.equal(ungroup(group(x, rows, clusters), rows), x)
 
 
 def test_similarity_is_the_cosine_to_the_mean_key_of_the_head():
