@@ -516,6 +516,13 @@ def arguments(folder, out, *more, model=TINY):
     return ["--data", str(folder), "--out", str(out), *model, *small, *more]
 
 
+def printed(command, capsys):
+    """What a command that succeeds prints."""
+    capsys.readouterr()
+    train.main([str(word) for word in command])
+    return capsys.readouterr().out
+
+
 def last(out):
     return torch.load(Path(out, "last.pt"), weights_only=True)
 
@@ -548,10 +555,10 @@ def test_a_run_leaves_its_record_and_its_best_weights(folder, whole, capsys):
     transform = train.transforms(best["options"], 2)[1]
     right = [model(transform(picture)[None]).argmax().item() == label
              for picture, label in ImageFolder(folder / "val")]
-    train.main(["--eval", "--weights", str(whole / "best.pt")])
     loss = best["record"]["val_loss"]
     said = f"top-1 {100 * sum(right) / 5:.2f} % of 5 pictures, loss {loss:.4f}"
-    assert said in capsys.readouterr().out and best["record"]["top1"] == 100 * sum(right) / 5
+    assert said in printed(["--eval", "--weights", whole / "best.pt"], capsys)
+    assert best["record"]["top1"] == 100 * sum(right) / 5
 
 
 @pytest.fixture
@@ -575,8 +582,7 @@ def terminate(parts=None, number=signal.SIGTERM):
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(
         folder, whole, tmp_path, at_step, capsys, steps, number):
     at_step(steps - 1, partial(terminate, number=number))
-    train.main(arguments(folder, tmp_path, "--workers", "1"))
-    said = capsys.readouterr().out
+    said = printed(arguments(folder, tmp_path, "--workers", "1"), capsys)
     assert f"saved after step {steps} of 9" in said
     assert f"--out {tmp_path}" in said and "\r" not in said  # no bar in a file
     assert last(tmp_path)["state"]["step"] == steps
@@ -602,9 +608,8 @@ def test_weights_start_a_run_and_a_new_head_is_said(folder, whole, tmp_path, cap
         shutil.copytree(three / part / "red", three / part / "green")
     run, killed = (arguments(three, tmp_path / name, "--weights", str(whole / "best.pt"))
                    for name in ("run", "killed"))
-    train.main(run)
-    said = capsys.readouterr().out
-    assert f"weights from {whole / 'best.pt'}, pictures from {three}; the classifier is" in said
+    words = f"weights from {whole / 'best.pt'}, pictures from {three}; the classifier is"
+    assert words in printed(run, capsys)
     before = {*multiprocessing.active_children()}
     at_step(0, lambda parts: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:  # which keeps the run's loaders alive
@@ -620,8 +625,7 @@ def test_without_a_terminal_a_line_a_minute_says_where_a_run_is(
         folder, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 31))
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    train.main(arguments(folder, tmp_path))
-    said = capsys.readouterr().out
+    said = printed(arguments(folder, tmp_path), capsys)
     assert re.search(r"step \d of 9  loss \S+  lr \S+  [\d:]+ left", said)
     assert "an epoch takes about" in said
 
@@ -634,8 +638,7 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on(folder, whole
     states = last(out)
     del states["options"]["smoothing"], states["steps"], states["pictures"]
     torch.save(states, out / "last.pt")
-    train.main(arguments(folder, out, "--epochs", "4"))
-    said = capsys.readouterr().out
+    said = printed(arguments(folder, out, "--epochs", "4"), capsys)
     assert re.search(r"3 epochs are now 4: the learning rate goes on at \S+ instead of", said)
     assert [record["epoch"] for record in last(out)["state"]["history"]] == [1, 2, 3, 4]
     assert last(out)["options"]["smoothing"] == 0.1 and last(out)["options"]["epochs"] == 4
@@ -653,8 +656,7 @@ def test_a_run_whose_pictures_change_ends_with_its_epochs(
             (data / "train" / "red" / f"{number}.png").unlink()
         else:
             shutil.copy(folder / "val" / "red" / "0.png", data / "train" / "red" / f"a{number}.png")
-    train.main(run)
-    assert "the pictures have changed since the run began" in capsys.readouterr().out
+    assert "the pictures have changed since the run began" in printed(run, capsys)
     assert last(tmp_path / "run")["state"]["step"] == 9
     assert len(last(tmp_path / "run")["state"]["history"]) == 3
 
@@ -675,13 +677,6 @@ def trained(folder, tmp_path_factory):
     return root
 
 
-def evaluated(data, checkpoint, capsys):
-    capsys.readouterr()
-    train.main(["--eval", "--data", str(data), "--weights", str(checkpoint), "--workers", "0"])
-    return re.search(r"top-1 \S+ %, top-5 \S+ % of 36 pictures, loss \S+",
-                     capsys.readouterr().out)[0]
-
-
 def test_classes_are_compared_by_name(trained, tmp_path, capsys):
     """A checkpoint with its classes in another order gives the same; another name is refused."""
     best = torch.load(trained / "run" / "best.pt", weights_only=True)
@@ -691,14 +686,15 @@ def test_classes_are_compared_by_name(trained, tmp_path, capsys):
         best["model"][key] = best["model"][key][shuffled]
     best["classes"] = [best["classes"][i] for i in shuffled]
     torch.save(best, tmp_path / "best.pt")
-    same = [evaluated(trained / "data", path, capsys)
+    options = ["--data", trained / "data", "--workers", "0"]
+    same = [printed(["--eval", "--weights", path, *options], capsys).splitlines()[-1]
             for path in (trained / "run" / "best.pt", tmp_path / "best.pt")]
-    assert same[0] == same[1] and float(same[0].split()[1]) > 50
-    command = ["--data", str(trained / "data"), "--out", str(tmp_path / "on"), "--epochs", "1",
-               "--weights", str(tmp_path / "best.pt"), "--workers", "0", "--lr", "0",
-               "--warmup", "0", "--ema", "1"]
-    train.main(command)  # in the order of the weights; the average stays what it was
-    assert f"ema_top1 {float(same[0].split()[1]):.4g} " in capsys.readouterr().out
+    top1, = re.findall(r"top-1 (\S+) %, top-5 \S+ % of 36 pictures, loss \S+", same[0])
+    assert same[0] == same[1] and float(top1) > 50
+    # In the order of the weights; the average stays what it was.
+    on = ["--out", tmp_path / "on", "--weights", tmp_path / "best.pt", "--epochs", "1", "--lr", "0",
+          "--warmup", "0", "--ema", "1", *options]
+    assert f"ema_top1 {float(top1):.4g} " in printed(on, capsys)
     data = shutil.copytree(trained / "data", tmp_path / "data")
     command = ["--data", str(data), "--out", str(tmp_path / "run"), *TINY, "--epochs", "1"]
     train.main(command)
@@ -708,8 +704,8 @@ def test_classes_are_compared_by_name(trained, tmp_path, capsys):
     command = ["--eval", "--weights", str(tmp_path / "best.pt"), "--data", str(data)]
     assert "new are ['tom'], gone are ['cat']" in refused(command, capsys)
     shutil.rmtree(data / "val" / "tom")
-    train.main(command)  # of those that are there
-    assert re.search("has no pictures of cat\n(.*\n)*.* of 30 pictures", capsys.readouterr().out)
+    said = printed(command, capsys)  # of those that are there
+    assert re.search("has no pictures of cat\n(.*\n)*.* of 30 pictures", said)
 
 
 def test_other_classes_are_fine_tuning_even_if_there_are_as_many(trained, tmp_path, capsys):
@@ -717,10 +713,9 @@ def test_other_classes_are_fine_tuning_even_if_there_are_as_many(trained, tmp_pa
     other = shutil.copytree(trained / "data", tmp_path / "data")
     for part in ("train", "val"):
         (other / part / "cat").rename(other / part / "tom")
-    command = ["--data", str(other), "--weights", str(trained / "run" / "best.pt"), "--epochs", "1",
-               "--out", str(tmp_path / "run"), "--set", "drop_path=0.3", "--workers", "0"]
-    train.main(command)
-    said, run = capsys.readouterr().out, last(tmp_path / "run")
+    command = ["--data", other, "--weights", trained / "run" / "best.pt", "--epochs", "1",
+               "--out", tmp_path / "run", "--set", "drop_path=0.3", "--workers", "0"]
+    said, run = printed(command, capsys), last(tmp_path / "run")
     assert "the classifier is a new one" in said and "fine-tuning" in said
     assert run["config"]["dims"] == (8, 8, 16, 16) and run["config"]["drop_path"] == 0.3
     assert run["options"]["lr"] == train.FINETUNE["lr"] and run["options"]["size"] == 32
@@ -729,15 +724,14 @@ def test_other_classes_are_fine_tuning_even_if_there_are_as_many(trained, tmp_pa
 
 def test_predict_names_the_likeliest_classes(trained, tmp_path, capsys, monkeypatch):
     best, paths = trained / "run" / "best.pt", sorted((trained / "data" / "val").glob("*/0.png"))
-    train.main(["--predict", *map(str, paths), "--weights", str(best)])
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(["--predict", *paths, "--weights", best], capsys).splitlines()
     assert len(lines) == 6 and all(line.count(" %") == 5 for line in lines)
     first = [line.split(": ")[1][:3] for line in lines]
     assert sum(name == path.parent.name for name, path in zip(first, paths)) >= 3  # chance is 1
     released = released_weights(VARIANTS["tiny"])  # of ImageNet, whose names torchvision has
     torch.save(dict(model=released), tmp_path / "released.pth")
-    train.main(["--predict", str(paths[0]), "--weights", str(tmp_path / "released.pth")])
-    assert capsys.readouterr().out.count(" %") == 5
+    command = ["--predict", paths[0], "--weights", tmp_path / "released.pth"]
+    assert printed(command, capsys).count(" %") == 5
 
 
 # ---------------------------------------------------------------------------------------- bad input
