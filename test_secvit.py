@@ -69,17 +69,14 @@ def test_clusters_are_equal_pieces_by_falling_similarity_and_ungroup_is_the_inve
         assert torch.equal(piece[..., 0], sim) and (piece[..., 1] == number).all()
 
 
-def test_similarity_is_the_cosine_to_the_mean_key_of_the_head():
-    k = torch.randn(2, 3, 50, 8, dtype=torch.float64)
-    expected = F.cosine_similarity(k, k.mean(dim=2, keepdim=True), dim=-1)
-    torch.testing.assert_close(similarity(k), expected)
-
-
-def test_similarity_is_float32_under_autocast():
-    k = torch.randn(1, 1, 500, 32) + 5  # cosines so close that half precision would tie them
+def test_similarity_is_the_cosine_to_the_mean_key_of_the_head_and_float32_under_autocast():
+    k = torch.randn(2, 3, 500, 32) + 5  # cosines so close that half precision would tie them
     with torch.autocast("cpu", torch.bfloat16):
         s, half = similarity(k), similarity(k.bfloat16())
     assert torch.equal(s, similarity(k)) and half.dtype == torch.float32
+    k = k.double()
+    expected = F.cosine_similarity(k, k.mean(dim=2, keepdim=True), dim=-1)
+    torch.testing.assert_close(similarity(k), expected)
 
 
 # ---------------------------------------------------------------------------------------- attention
