@@ -1015,12 +1015,12 @@ def test_randaugment_draws_as_the_recipe_does(monkeypatch):
     assert near((size < 0.85).sum().item(), 0.15866, len(names))
 
 
-def samples(monkeypatch, pictures, rank=0, world=1, batch=1024, micro=1024, steps=None):
+def samples(monkeypatch, pictures, rank=0, world=1, batch=1024, micro=1024):
     """The batches of samples of one epoch for one process."""
     monkeypatch.setattr(train, "RANK", rank)
     monkeypatch.setattr(train, "WORLD", world)
     options = recipe() | dict(epochs=1, batch=batch, micro=micro)
-    return list(train.schedule(pictures, steps or max(1, pictures // batch), options))
+    return list(train.schedule(pictures, max(1, pictures // batch), options))
 
 
 def test_repeated_augmentation_deals_copies_to_different_places(monkeypatch):
