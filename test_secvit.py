@@ -638,7 +638,9 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on(folder, whole
     assert last(out)["options"]["smoothing"] == 0.1 and last(out)["options"]["epochs"] == 4
 
 
-@pytest.mark.parametrize("change", ["gone", "new"])
+@pytest.mark.parametrize("change", [
+    lambda red, number: (red / f"{number}.png").unlink(),
+    lambda red, number: shutil.copy(red / "5.png", red / f"a{number}.png")], ids=["gone", "new"])
 def test_a_run_whose_pictures_change_ends_with_its_epochs(
         folder, tmp_path, at_step, capsys, change):
     data = shutil.copytree(folder, tmp_path / "data")
@@ -646,10 +648,7 @@ def test_a_run_whose_pictures_change_ends_with_its_epochs(
     at_step(0, terminate)
     train.main(run)
     for number in range(5):
-        if change == "gone":
-            (data / "train" / "red" / f"{number}.png").unlink()
-        else:
-            shutil.copy(folder / "val" / "red" / "0.png", data / "train" / "red" / f"a{number}.png")
+        change(data / "train" / "red", number)
     assert "the pictures have changed since the run began" in printed(run, capsys)
     assert last(tmp_path / "run")["state"]["step"] == 9
     assert len(last(tmp_path / "run")["state"]["history"]) == 3
