@@ -301,20 +301,6 @@ def test_gradients_reach_every_parameter_and_add_in_one_order(changes):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_nothing_is_made_on_another_device_and_nothing_waits_for_it():
-    """On fake CUDA tensors both are errors, on any machine."""
-    model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4, drop_path=0.1)).bfloat16()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {name: torch.empty_like(value, device="cuda")
-                 for name, value in model.state_dict().items()}
-        for h, w in ((64, 64), (70, 90)):
-            x = torch.empty(2, 3, h, w, device="cuda", dtype=torch.bfloat16)
-            y = torch.func.functional_call(model, state, x)
-            assert (y.shape, y.device.type, y.dtype) == ((2, 5), "cuda", torch.bfloat16)
-        with pytest.raises(Exception, match="_local_scalar_dense"):
-            float(y.sum())
-
-
 def test_a_model_made_on_the_meta_device_is_initialised_like_any_other():
     config = SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4)
     with torch.device("meta"):
@@ -1099,23 +1085,28 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
         train.work([])
 
 
-def test_a_micro_step_does_not_wait_for_the_device(monkeypatch):
-    """On fake CUDA tensors, what waits for the device is an error: it comes after the last one.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_micro_step_makes_nothing_on_another_device_and_waits_for_none(monkeypatch, dtype):
+    """On fake CUDA tensors both are errors, on any machine: the wait comes after the last one.
 
     Without Mixup and CutMix, which draw their numbers on the CPU: fake ones are an error, too.
     """
     monkeypatch.setattr(train, "DEVICE", torch.device("cuda:0"))
     options = recipe("--batch", "6", "--micro", "2", "--amp", "bf16", "--size", "64")
-    model, seen = SecViT(SecViTConfig(**SMALL)), []
+    config, seen = SecViTConfig(**SMALL, layer_scale=(1e-6,) * 4, drop_path=0.1), []
+    model = SecViT(config).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {name: torch.empty_like(value, device="cuda")
                  for name, value in model.state_dict().items()}
 
         def forward(pictures):
             seen.append(forward.require_backward_grad_sync)
-            return torch.func.functional_call(model, state, pictures)
-        batches = [(torch.empty(2, 3, 64, 64, device="cuda"),
-                    torch.empty(2, device="cuda", dtype=torch.int64)) for _ in range(3)]
+            y = torch.func.functional_call(model, state, pictures)
+            assert (y.shape, y.device.type, y.dtype) == ((2, 5), "cuda", dtype)
+            return y
+        batches = [(torch.empty(2, 3, h, w, device="cuda", dtype=dtype),
+                    torch.empty(2, device="cuda", dtype=torch.int64))
+                   for h, w in ((64, 64), (70, 90), (64, 64))]
         backward = SimpleNamespace(backward=lambda: None)  # torch's, which needs a real GPU
         parts = dict(model=model, scaler=SimpleNamespace(scale=lambda loss: backward))
         with pytest.raises(Exception, match="_local_scalar_dense"):
