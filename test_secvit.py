@@ -9,7 +9,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torchvision.datasets import ImageFolder
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -1172,12 +1172,10 @@ def test_processes_work_like_one_on_one_machine_or_two_that_lose_a_rank(
     commands = [arguments(folder, tmp_path / name, *GRADUAL, model=EXACT)
                 for name in ("one", "pair", "agents")]
     pair = torchrun("--standalone", "--nproc_per_node=2", script, *commands[1], cwd=tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    endpoint = f"localhost:{get_free_port()}"
     agents = [torchrun(
         "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d",
-        "--rdzv_id=job", f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost", script,
+        "--rdzv_id=job", f"--rdzv_endpoint={endpoint}", "--local_addr=localhost", script,
         *commands[2], cwd=tmp_path, DIES="1") for _ in range(2)]
     bad = torchrun("--standalone", "--nproc_per_node=2", HERE / "train.py", "--epochs", "0")
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr))
