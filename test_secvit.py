@@ -737,11 +737,9 @@ def mistakes(folder, whole, tmp_path_factory):
         shutil.copytree(folder, root / name)
         (root / name / new).parent.mkdir(exist_ok=True)
         (root / name / old).rename(root / name / new)
-    shutil.copytree(folder, root / "flat")
-    shutil.rmtree(root / "flat" / "val" / "red")
-    (root / "flat" / "val" / "blue").rename(root / "flat" / "val" / ".blue")
-    for part in ("train", "val"):
-        shutil.copytree(folder / part / "red", root / "single" / part / "red")
+    shutil.copytree(folder, root / "single", ignore=shutil.ignore_patterns("blue"))
+    flat = shutil.copytree(folder, root / "flat", ignore=shutil.ignore_patterns("red"))
+    (flat / "val" / "blue").rename(flat / "val" / ".blue")
     for run in ("taken", "another", "half", "hostile"):
         shutil.copytree(whole, root / run)
     torch.save(dict(options=5, model=[]), root / "hostile" / "last.pt")
