@@ -473,14 +473,13 @@ EXACT = [*TINY[:5], "clusters=1,1,1,1", "drop_path=0", *TINY[6:]]
 def folder(tmp_path_factory):
     """An ImageFolder of two classes, 12 pictures to train on and 5 to evaluate."""
     root, random = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
-    for part, label, color, number in (
-            ("train", "red", 0, 6), ("train", "blue", 2, 6), ("val", "red", 0, 3),
-            ("val", "blue", 2, 2)):
-        (root / part / label).mkdir(parents=True)
+    for place, color, number in (
+            ("train/red", 0, 6), ("train/blue", 2, 6), ("val/red", 0, 3), ("val/blue", 2, 2)):
+        (root / place).mkdir(parents=True)
         for i in range(number):
             picture = random.randint(0, 120, (40, 48, 3), dtype=np.uint8)
             picture[..., color] += 120
-            Image.fromarray(picture).save(root / part / label / f"{i}.png")
+            Image.fromarray(picture).save(root / place / f"{i}.png")
     return root
 
 
