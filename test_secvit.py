@@ -742,6 +742,8 @@ def mistakes(folder, whole, tmp_path_factory):
     del states["model"]["stages.0.embed.0.weight"]
     torch.save(states, root / "another" / "last.pt")
     os.truncate(root / "half" / "last.pt", 5000)
+    (root / "best").mkdir()
+    shutil.copy(whole / "best.pt", root / "best")
     return root
 
 
@@ -767,11 +769,18 @@ def refused(arguments, capsys):
     ("--data nowhere", "--data nowhere is no folder"),
     ("--data unsplit", "unsplit needs val/ with a folder of pictures for each class: rename test/"),
     ("--data flat", "flat/val needs a folder for each class"), ("--data single", "one class, red"),
-    ("--data pink", "only in train are ['red'], only in val ['pink']"), ("--data green", "green"),
+    ("--data pink", "only in train are ['red'], only in val ['pink']"),
+    ("--data green", "green/train/green has no picture that Pillow can read: add some"),
+    ("--data=", "--data is empty"), ("--predict= --weights taken/best.pt", "--predict is empty"),
+    ("--eval --predict a.png --weights taken/best.pt", "are two commands"),
     ("--eval", "need --weights"), ("--predict a.png", "need --weights"),
     ("--predict text.pt --weights taken/best.pt", "text.pt cannot be read: cannot identify image"),
     ("--predict gone.png --weights taken/best.pt", "gone.png cannot be read: [Errno 2]"),
-    ("--weights missing.pt", "missing.pt cannot be read as a checkpoint"),
+    ("--predict a.png --weights other.pt", "other.pt: these are the weights of another model"),
+    ("--weights missing.pt", "missing.pt cannot be read as a checkpoint: No such file"),
+    ("--weights taken", "taken cannot be read as a checkpoint: "),
+    ("--out text.pt --batch 4", "--out text.pt cannot be made: File exists; choose another"),
+    ("--out best", "best has a best.pt, but no last.pt to go on from: choose another --out"),
     ("--weights empty.pt", "empty.pt cannot"), ("--weights text.pt", "text.pt cannot be read"),
     ("--weights list.pt", "it holds a list, no dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),
@@ -785,6 +794,13 @@ def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch
     before = {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")}
     assert words in refused(command.split(), capsys)
     assert {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")} == before
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_pictures", lambda *arguments: signal.raise_signal(
+        signal.SIGINT))
+    assert train.command_line([]) == 1
+    assert capsys.readouterr().err == "train.py: stopped by Ctrl-C\n"
 
 
 def test_ten_thousand_command_lines_never_give_a_traceback(capsys):

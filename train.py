@@ -134,6 +134,10 @@ def parse(argv):
     for name, (_, low, high, _) in RECIPE.items():
         if not low <= given.get(name, low) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not in {low} to {high}")
+    for name in [name for name in given if given[name] in ("", [""])]:
+        raise ValueError(f"--{name} is empty: type a value, or leave it out")
+    if given.keys() >= {"eval", "predict"}:
+        raise ValueError("--eval and --predict are two commands: type one of them")
     if given.keys() & {"eval", "predict"} and "weights" not in given:
         raise ValueError("--eval and --predict need --weights, a checkpoint")
     return given
@@ -228,6 +232,9 @@ def prepare(given, store):
     training = "eval" not in given
     last = Path(given["out"], "last.pt") if training and "out" in given else None
     old = load(last) if last and last.exists() else {}
+    if last and not old and last.with_name("best.pt").exists():
+        raise ValueError(f"{given['out']} has a best.pt, but no last.pt to go on from: choose "
+                         "another --out")
     options = going_on(given, old) if old else given
     weights = old or (load(options["weights"]) if "weights" in options else {})
     trained = weights.get("options", {})
@@ -246,10 +253,8 @@ def prepare(given, store):
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
     if weights:
-        try:
-            fresh |= load_weights(model, weights, new_head=training and not old)
-        except ValueError as error:
-            raise ValueError(f"{last if old else options['weights']}: {error}")
+        path = last if old else options["weights"]
+        fresh |= fill(model, weights, path, new_head=training and not old)
     if fresh:  # also where there are as many classes
         model.init_weights(model.head[5])
     if weights and not old:
@@ -270,7 +275,11 @@ def prepare(given, store):
                steps=old.get("steps", max(1, len(train_set) // options["batch"])))
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
-        os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
+        try:
+            os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {options['out']} cannot be made: {error.strerror}; choose "
+                             "another")
         store.set("out", options["out"])
     return run, model, old, train_set, val_set, [classes.index(name) for name in names]
 
@@ -371,10 +380,14 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{data}/{part} needs a folder for each class, its pictures in it")
         endings, self.left_out = Image.registered_extensions(), []
         self.readable = {ending for ending, name in endings.items() if name in Image.OPEN}
-        super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture)
+        super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture,
+                         allow_empty=True)
         if self.left_out:
             print(f"{len(self.left_out):,} files in {self.root} are left out, as Pillow cannot "
                   f"read {', '.join(sorted({*self.left_out}))}")
+        for index in {*range(len(self.classes))} - {*self.targets}:
+            raise ValueError(f"{Path(self.root, self.classes[index])} has no picture that Pillow "
+                             "can read: add some, or remove the class from train/ and val/")
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
@@ -491,20 +504,30 @@ def save(path, write):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise Stopped(f"cannot write {path}: {error.strerror}; what was there before is intact: "
-                         "make room, then type the same command again")
+                         "mend that, then type the same command again")
 
 
 def load(path):
     """The dict in a checkpoint. ValueError for any other file, or none."""
     try:
         checkpoint = read_checkpoint(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error.strerror}")
     except Exception as error:  # a damaged file may raise almost anything
         _, refused, name = str(error).partition("GLOBAL ")  # a type that could run code
-        why = refused + name.split()[0] if refused else repr(error)[:120]
+        why = refused + name.split()[0] if refused else f"it is damaged, or none: {error!r:.120}"
         raise ValueError(f"{path} cannot be read as a checkpoint: {why}")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
     return checkpoint
+
+
+def fill(model, checkpoint, path, new_head=False):
+    """`load_weights`, whose errors name the file."""
+    try:
+        return load_weights(model, checkpoint, new_head=new_head)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}")
 
 
 def catch_signals(worker=None):
@@ -697,7 +720,7 @@ def predict(given, store):
     checkpoint = load(given["weights"])
     names = checkpoint.get("classes", models.ResNet50_Weights.DEFAULT.meta["categories"])
     model = SecViT(model_config(given, checkpoint, len(names))).eval()
-    load_weights(model, checkpoint)
+    fill(model, checkpoint, given["weights"])
     options, _ = choose(given | dict(data="IMAGENET"), 10**6, checkpoint.get("options", {}))
     crop = transforms(options)[1]
     for path in given["predict"]:
@@ -774,6 +797,8 @@ def command_line(argv):
         return main(argv)
     except torch.OutOfMemoryError:
         error = Stopped("the GPU's memory is full: type the same command with a smaller --micro")
+    except KeyboardInterrupt:  # before the first step; then `catch_signals` takes it
+        error = Stopped("stopped by Ctrl-C")
     except Stopped as stopped:
         error = stopped
     line = str(error).splitlines()[-1].rpartition("Stopped: ")[2]  # of a worker's traceback
