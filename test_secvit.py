@@ -797,8 +797,9 @@ def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch
 
 
 def test_ctrl_c_before_a_run_begins_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_pictures", lambda *arguments: signal.raise_signal(
-        signal.SIGINT))
+    def interrupt(*arguments):
+        raise KeyboardInterrupt  # as Python does on SIGINT
+    monkeypatch.setattr(train, "load_pictures", interrupt)
     assert train.command_line([]) == 1
     assert capsys.readouterr().err == "train.py: stopped by Ctrl-C\n"
 
