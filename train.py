@@ -134,8 +134,9 @@ def parse(argv):
     for name, (_, low, high, _) in RECIPE.items():
         if not low <= given.get(name, low) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not in {low} to {high}")
-    for name in [name for name in given if given[name] in ("", [""])]:
-        raise ValueError(f"--{name} is empty: type a value, or leave it out")
+    for name, value in given.items():
+        if value in ("", [""]):
+            raise ValueError(f"--{name} is empty: type a value, or leave it out")
     if given.keys() >= {"eval", "predict"}:
         raise ValueError("--eval and --predict are two commands: type one of them")
     if given.keys() & {"eval", "predict"} and "weights" not in given:
@@ -385,9 +386,10 @@ class Folder(datasets.ImageFolder):
         if self.left_out:
             print(f"{len(self.left_out):,} files in {self.root} are left out, as Pillow cannot "
                   f"read {', '.join(sorted({*self.left_out}))}")
-        for index in {*range(len(self.classes))} - {*self.targets}:
-            raise ValueError(f"{Path(self.root, self.classes[index])} has no picture that Pillow "
-                             "can read: add some, or remove the class from train/ and val/")
+        empty = sorted({*range(len(self.classes))} - {*self.targets})
+        if empty:
+            raise ValueError(f"{Path(self.root, self.classes[empty[0]])} has no picture that "
+                             "Pillow can read: add some, or remove the class from train/ and val/")
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
