@@ -152,7 +152,11 @@ class PermuteRows(torch.autograd.Function):
 
     @staticmethod
     def forward(x, rows, inverse):
-        return x.index_select(0, rows)
+        if not x.is_cuda or torch.compiler.is_compiling() or x.shape[1] * x.itemsize % 8:
+            return x.index_select(0, rows)
+        # On a GPU index_select starts a whole block of threads for each of these short rows.
+        words = x.contiguous().view(torch.int64)
+        return torch.empty_like(words).index_copy_(0, inverse, words).view(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -306,6 +310,15 @@ class FFN(nn.Module):
         return self.fc2(x if self.dwconv is None else self.dwconv(x))
 
 
+class LayerNorm(nn.LayerNorm):
+    """Keeps half precision under autocast, which on a GPU would read and write float32."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # adds up in float32
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class LayerScale(nn.Module):
     """A learned factor for each channel, so small at first that a block starts as the identity."""
 
@@ -327,7 +340,7 @@ class Block(nn.Module):
                  layer_scale=0, cpe=True, lce=True, ffn_conv=True):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = LayerNorm(dim, eps=1e-6), LayerNorm(dim, eps=1e-6)
         self.attn = SECA(dim, heads=heads, clusters=clusters, cluster_size=cluster_size, lce=lce)
         self.ffn = FFN(dim, int(dim * ffn_ratio), conv=ffn_conv)
         self.scale1, self.scale2 = (

@@ -37,9 +37,9 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import train
 from notebooks import draw
-from secvit import (PAPER_TEXT, SECA, VARIANTS, SecViT, SecViTConfig, cluster_labels,
-                    cluster_order, count, create_secvit, group, load_weights, rotate, rotation,
-                    row_numbers, similarity, ungroup)
+from secvit import (PAPER_TEXT, SECA, VARIANTS, Block, SecViT, SecViTConfig, cluster_labels,
+                    cluster_order, count, create_secvit, group, load_weights, permute_rows, rotate,
+                    rotation, row_numbers, similarity, ungroup)
 
 HERE = Path(__file__).parent
 SMALL = dict(depths=(1, 1, 2, 1), dims=(16, 32, 32, 64), heads=(2, 2, 4, 4), head_width=32,
@@ -67,6 +67,25 @@ def test_clusters_are_equal_pieces_by_falling_similarity_and_ungroup_is_the_inve
     assert len(pieces) == len(expected)
     for number, (piece, sim) in enumerate(zip(pieces, expected)):
         assert torch.equal(piece[..., 0], sim) and (piece[..., 1] == number).all()
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True  # it says so: the branch for a GPU runs on the CPU
+
+
+@pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.float32, 3)])
+def test_rows_move_on_a_gpu_as_on_the_cpu(dtype, d):
+    """There, rows of whole 64-bit words are written where they belong; others are read."""
+    rows = torch.randperm(7)
+    inverse = rows.argsort()
+    leaf = torch.randn(7, d, dtype=dtype, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        y = permute_rows(leaf.as_subclass(OnGPU), rows, inverse)
+    assert ("aten::index_copy_" in {event.key for event in profiler.key_averages()}) == (d == 4)
+    assert torch.equal(y.as_subclass(torch.Tensor), leaf[rows])
+    for gradient in (torch.randn(7, d, dtype=dtype), torch.ones((), dtype=dtype).expand(7, d)):
+        moved, = torch.autograd.grad(y, leaf, gradient, retain_graph=True)
+        assert torch.equal(moved.as_subclass(torch.Tensor), gradient[inverse])
 
 
 def test_similarity_is_the_cosine_to_the_mean_key_of_the_head_and_float32_under_autocast():
@@ -222,6 +241,18 @@ def test_half_precision_stays_close(dtype, clusters, bound):
             half = model.forward_features(x)
     for name in exact:
         assert 0 < (half[name] - exact[name]).norm() / exact[name].norm() < bound
+
+
+def test_layer_norm_stays_in_half_precision(monkeypatch):
+    """On a GPU autocast makes it float32, and without autocast all types must be the same there."""
+    def layer_norm(x, shape, weight, bias, eps, real=F.layer_norm):
+        seen.append({x.dtype, weight.dtype, bias.dtype, torch.is_autocast_enabled("cpu")})
+        return real(x, shape, weight, bias, eps)
+    seen, block = [], Block(8, heads=2, clusters=2)
+    monkeypatch.setattr(F, "layer_norm", layer_norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(1, 4, 4, 8, dtype=torch.bfloat16))
+    assert seen == [{torch.bfloat16, False}] * 2
 
 
 ONE = dict(depths=(1,), dims=(16,), heads=(2,), clusters=(4,), layer_scale=(0,), head_width=0,
