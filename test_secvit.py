@@ -790,7 +790,9 @@ def refused(arguments, capsys):
 @pytest.mark.parametrize("command, words", [
     ("--model huge", "invalid choice: 'huge'"), ("--modle tiny", "--modle"),
     ("--epochs many", "invalid int value: 'many'"), ("--epochs 0", "--epochs 0 is not in 1"),
-    ("--lr nan", "--lr nan is not in"), ("--set depth=1", "depth"),
+    ("--warmup 9 --epochs 1", "--warmup 9.0 is above --epochs 1"),
+    ("--min-lr 0.1", "--min-lr 0.1 is above --lr 0.001"), ("--lr nan", "--lr nan is not in"),
+    ("--set depth=1", "depth"),
     ("--set num_classes=5", "num_classes"), ("--set drop_path", "write a value like drop_path=0.1"),
     ("--set drop_path=2", "drop_path"),
     ("--set heads=3,3,3,3", "dims"), ("--set in_channels=1", "pictures decide num_classes"),
@@ -937,7 +939,8 @@ def test_a_folder_has_a_preset_by_its_size_and_the_average_forgets_the_first_wei
     assert options["ema"] ** steps < 0.01 and options["warmup"] <= options["epochs"] / 10
     assert (options["batch"] == 1024) == (pictures == 100_000 and not fresh)
     assert ("fine-tuning" in why) == fresh
-    assert steps >= 100 and options["micro"] <= 8  # on a CPU, pictures of 224 px
+    assert steps >= 100 and options["micro"] * options["size"] ** 2 <= 8 * 224 ** 2  # on a CPU
+    assert options["size"] == (224 if fresh or pictures == 100_000 else 64)
 
 
 def test_only_the_weights_of_convolutions_and_linear_layers_decay():

@@ -14,7 +14,8 @@ PICTURES and IMAGENET are folders with train/ and val/, each with a folder of pi
 
 A run is one loop over steps. The number of a step and the options decide all that happens in it:
 which pictures, how each is augmented, the noise and the learning rate. So a run that starts again
-at step s ends with the same weights. A checkpoint is s, the options and the states of the parts.
+at step s ends with the same weights, to the last bit on a CPU; on a GPU sums have no fixed order.
+A checkpoint is s, the options and the states of the parts.
 """
 
 import argparse
@@ -76,8 +77,9 @@ DIGITS = SMALL | dict(size=32, epochs=8, batch=32, ema=0.98, min_crop=0.6, flip=
 FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, erasing=0.1)
 CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4, cutmix=1.0, rand_augment=9.0)
 LARGER = CIFAR | dict(size=160, min_crop=0.3, center=0.875)
-FOLDER = SMALL | dict(epochs=30, batch=32, lr=5e-4, min_crop=0.5)
-FINETUNE = FOLDER | dict(epochs=20, lr=3e-4, min_crop=0.6)
+FOLDER = SMALL | dict(size=224 if torch.cuda.is_available() else 64,  # or it takes hours
+                      epochs=30, batch=32, lr=5e-4, min_crop=0.5)
+FINETUNE = FOLDER | dict(size=224, epochs=20, lr=3e-4, min_crop=0.6)
 DATA = {  # what differs from the recipe, torchvision's class, how it calls its two parts
     "digits": (DIGITS, None, None, None),
     "fashion": (FASHION, datasets.FashionMNIST, dict(train=True), dict(train=False)),
@@ -264,6 +266,10 @@ def prepare(given, store):
     if not old:
         options, why = choose(given | dict(data=data), len(train_set) or 10**6, trained, fresh)
         print(f"the settings for {why}, and what was typed\n" * training, end="")
+    for name, limit in (("warmup", "epochs"), ("min_lr", "lr")):
+        if given.get(name, 0) > options[limit]:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} is above --{limit} "
+                             f"{options[limit]}: type a smaller one")
     size, stride = options["size"], 2 ** (1 + len(config.depths))
     smallest = options["batch"] // WORLD // micro_steps(options)
     if size < stride or training and smallest < 1 + (size < 2 * stride):
