@@ -644,7 +644,9 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on(folder, whole
     states = last(out)
     del states["options"]["smoothing"], states["steps"], states["pictures"]
     torch.save(states, out / "last.pt")
+    (out / "best.pt").unlink()  # the next epoch's is the best then
     said = printed(arguments(folder, out, "--epochs", "4"), capsys)
+    assert "going on after step 9 of 12" in said and (out / "best.pt").exists()
     assert re.search(r"3 epochs are now 4: the learning rate goes on at \S+ instead of", said)
     assert [record["epoch"] for record in last(out)["state"]["history"]] == [1, 2, 3, 4]
     assert last(out)["options"]["smoothing"] == 0.1 and last(out)["options"]["epochs"] == 4
@@ -759,7 +761,8 @@ def mistakes(folder, whole, tmp_path_factory):
     torch.save(dict(model=Stranger()), root / "code.pt")
     torch.save(dict(model=dict(w=torch.zeros(2))), root / "other.pt")
     for name, old, new in (("unsplit", "val", "test"), ("pink", "val/red", "val/pink"),
-                           ("green", "train/red/0.png", "train/green/0.txt")):
+                           ("green", "train/red/0.png", "train/green/0.txt"),
+                           ("pets", "train", "train")):
         shutil.copytree(folder, root / name)
         (root / name / new).parent.mkdir(exist_ok=True)
         (root / name / old).rename(root / name / new)
@@ -799,7 +802,7 @@ def refused(arguments, capsys):
     ("--set lce=false", "write a value like lce=True or lce=False"),
     ("--set depths=1", "write a value like depths=2,2,9,2"), ("--set ffn_ratio=x", "ffn_ratio=3"),
     ("--micro 1", "use a larger --micro"), ("--micro 2000", "--micro 2000 is not in 1 to 1024"),
-    ("--data nowhere", "--data nowhere is no folder"),
+    ("--data nowhere", "--data nowhere is no folder"), ("--data pets", "type ./pets for the"),
     ("--data unsplit", "unsplit needs val/ with a folder of pictures for each class: rename test/"),
     ("--data flat", "flat/val needs a folder for each class"), ("--data single", "one class, red"),
     ("--data pink", "only in train are ['red'], only in val ['pink']"),
@@ -819,7 +822,9 @@ def refused(arguments, capsys):
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),
     ("--out taken --batch 8", "--batch 8: the run in taken has 4; for another run choose another"),
     ("--out taken --epochs 2", "--epochs 2: the run in taken is further"),
-    ("--out taken --data pink", "--data pink: the run in taken has"),
+    ("--out taken --data pink/", "--data pink: the run in taken has"),
+    ("--predict=a.png --predict=b.png --weights taken/best.pt", "a.png cannot be read"),
+    ("--set lce=x --set drop_path=0", "--set lce=x: write a value like"),
     ("--out another", "weights of another model"), ("--out half", "last.pt cannot be read"),
     ("--out hostile", "a checkpoint does not hold what it should")])
 def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch, command, words):
@@ -829,12 +834,18 @@ def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch
     assert {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")} == before
 
 
-def test_ctrl_c_before_a_run_begins_is_one_line(monkeypatch, capsys):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt  # as Python does on SIGINT
-    monkeypatch.setattr(train, "load_pictures", interrupt)
+@pytest.mark.parametrize("error, line", [
+    (KeyboardInterrupt(), "stopped by Ctrl-C"),  # as Python raises on SIGINT
+    (BrokenPipeError(), "nobody reads what is printed: type the same command without that pipe")])
+def test_ctrl_c_and_a_pipe_that_ends_are_one_line(monkeypatch, capsys, error, line):
+    monkeypatch.setattr(train, "work", lambda argv: (_ for _ in ()).throw(error))
     assert train.command_line([]) == 1
-    assert capsys.readouterr().err == "train.py: stopped by Ctrl-C\n"
+    assert capsys.readouterr().err == f"train.py: {line}\n"
+
+
+def test_half_of_torchruns_environment_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert "WORLD_SIZE is not set" in refused([], capsys)
 
 
 def test_ten_thousand_command_lines_never_give_a_traceback(capsys):

@@ -111,28 +111,30 @@ PARSER = argparse.ArgumentParser(
 PARSER.error = refuse
 add = PARSER.add_argument
 add("--model", choices=VARIANTS, help="default: tiny")
-add("--set", nargs="+", metavar="FIELD=VALUE",
+add("--set", nargs="+", action="extend", metavar="FIELD=VALUE",
     help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1")
-add("--data", help=f"a folder, or one of {', '.join(DATA)}; default: digits")
+add("--data", type=lambda path: path.rstrip("/\\"),
+    help=f"a folder, or one of {', '.join(DATA)}; default: digits")
 add("--out", help="folder of the run; default: the next free number in runs")
 add("--weights", help="a checkpoint to start from, to evaluate or to predict with")
 add("--eval", action="store_true", help="evaluate --weights and end")
-add("--predict", nargs="+", metavar="FILE", help="name the likeliest classes and end")
+add("--predict", nargs="+", action="extend", metavar="FILE",
+    help="name the likeliest classes and end")
 add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
 add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
 for name, (value, _, _, meaning) in RECIPE.items():
     add("--" + name.replace("_", "-"), type=type(value), help=f"{meaning}; ImageNet: {value:g}")
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these; without it there is one process
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+RANK = int(os.environ.get("RANK") or 0)  # torchrun sets these; without it there is one process
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes of this machine
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
 def parse(argv):
     """What was typed, within its bounds."""
-    given = vars(PARSER.parse_args(argv))
+    given = vars(PARSER.parse_args([*map(str, argv)]))  # a script may pass numbers and paths
     for name, (_, low, high, _) in RECIPE.items():
         if not low <= given.get(name, low) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not in {low} to {high}")
@@ -249,7 +251,8 @@ def prepare(given, store):
     new, gone = ({*names} - {*classes}), ({*classes} - {*names})
     if new or gone and training:
         raise ValueError(f"the classes of {data} are not those of {last or options['weights']}: "
-                         f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders")
+                         f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders, "
+                         "or choose other --weights")
     if gone:
         print(f"{data} has no pictures of {', '.join(sorted(gone))}")
     config = model_config(options, weights, len(classes))
@@ -265,7 +268,7 @@ def prepare(given, store):
               + "; the classifier is a new one" * fresh)
     if not old:
         options, why = choose(given | dict(data=data), len(train_set) or 10**6, trained, fresh)
-        print(f"the settings for {why}, and what was typed\n" * training, end="")
+        print(f"the settings for {why}, changed by what you typed\n" * training, end="")
     for name, limit in (("warmup", "epochs"), ("min_lr", "lr")):
         if given.get(name, 0) > options[limit]:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is above --{limit} "
@@ -413,6 +416,9 @@ class Folder(datasets.ImageFolder):
 
 def load_pictures(data, train=True):
     """The pictures to train on, none without `train`; those to evaluate; names of the classes."""
+    if data in DATA and Path(data, "train").is_dir():
+        raise ValueError(f"--data {data} is a known data set and a folder: type ./{data} for the "
+                         "folder, or rename it")
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -670,6 +676,11 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     last = options["epochs"] * steps
     state = states.get("state") or dict(step=0, loss=0.0, best=-1.0, history=[])  # beside the parts
     start, before = state["step"], states.get("options", options)
+    best = Path(options["out"], "best.pt")
+    if start:
+        print(f"going on after step {start} of {last}")
+    if start < last and not best.exists():  # somebody has removed it: the next epoch's is the best
+        state["best"] = -1.0
     if before["epochs"] != options["epochs"]:
         old, new = (learning_rate(start / steps, values) for values in (before, options))
         print(f"{before['epochs']} epochs are now {options['epochs']}: the learning rate goes on "
@@ -683,6 +694,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     SIGNALS.clear()
     catch_signals()
     save_run(run, parts, state)  # a kill before the first epoch ends finds the run
+    evaluating = 0.0  # seconds
     for epoch in range(len(state["history"]), options["epochs"]):
         first, began = state["step"], time.monotonic()
         bar = tqdm(range(first, (epoch + 1) * steps), initial=first, total=last, unit="step",
@@ -696,8 +708,8 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
             stop, = total(bool(SIGNALS or unreadable))
             if stop:
                 save_run(run, parts, state)
-                print(f"saved after step {step} of {last}: the same command goes on, with --out "
-                      f"{options['out']}")
+                print(f"saved after step {step} of {last}; to go on, type the same command, with "
+                      f"--out {options['out']}")
                 if unreadable:
                     raise unreadable
                 return
@@ -712,15 +724,17 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
                 warm = reported = now
             pace = (now - warm) / max(1, step - start)  # seconds per step
             if step == start + 4:
-                interval = tqdm.format_interval(pace * steps)  # 02:05 or 3:02:05
+                interval = tqdm.format_interval((pace - evaluating / 4) * steps)  # like 3:02:05
                 print(f"an epoch takes about {interval}, and its evaluation")
             if bar.disable and now - reported > 60:  # a line a minute
                 left = tqdm.format_interval(pace * (last - step - 1))
                 print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
                 reported = now
-        speed = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
+        ended = time.monotonic()
+        speed = (state["step"] - first) * options["batch"] / (ended - began)
         end_epoch(run, parts, state, batches_to_evaluate, speed)
-    print(f"best top-1 {state['best']:.2f} %, {options['out']}/best.pt")
+        evaluating += time.monotonic() - ended
+    print(f"best top-1 {state['best']:.2f} %, {best}" + " (which is gone)" * (not best.exists()))
 
 
 def predict(given, store):
@@ -744,7 +758,12 @@ def predict(given, store):
 
 def work(argv):
     """What the command line says, in this process."""
-    torchrun = "RANK" in os.environ  # its store outlives the processes, which it may start again
+    unset = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+             if not os.environ.get(name)]
+    torchrun = bool(os.environ.get("RANK"))  # its store outlives the processes it may start again
+    if unset and (torchrun or int(os.environ.get("WORLD_SIZE") or 1) > 1):
+        raise BadInput(f"{unset[0]} is not set in the environment, where RANK or WORLD_SIZE is: "
+                       "start with torchrun, or unset them")
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
     start = (store.add("started", 1) - 1) // WORLD  # how often the group has started before
     prepared = [None]
@@ -805,6 +824,8 @@ def command_line(argv):
         return main(argv)
     except torch.OutOfMemoryError:
         error = Stopped("the GPU's memory is full: type the same command with a smaller --micro")
+    except BrokenPipeError:
+        error = Stopped("nobody reads what is printed: type the same command without that pipe")
     except KeyboardInterrupt:  # before the first step; then `catch_signals` takes it
         error = Stopped("stopped by Ctrl-C")
     except Stopped as stopped:
