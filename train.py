@@ -679,7 +679,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     best = Path(options["out"], "best.pt")
     if start:
         print(f"going on after step {start} of {last}")
-    if start < last and not best.exists():  # somebody has removed it: the next epoch's is the best
+    if len(state["history"]) < options["epochs"] and not best.exists():  # somebody has removed it
         state["best"] = -1.0
     if before["epochs"] != options["epochs"]:
         old, new = (learning_rate(start / steps, values) for values in (before, options))
