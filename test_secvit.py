@@ -1379,7 +1379,7 @@ def run_lesson(path, folder):
             cell.metadata.tags = ["right"]
         cells.append(cell)
     lesson.cells = cells
-    nbclient.NotebookClient(lesson, timeout=600, resources=dict(
+    nbclient.NotebookClient(lesson, timeout=600, startup_timeout=600, resources=dict(
         metadata=dict(path=folder / "notebooks"))).execute()
     for cell in cells:
         tags, said = cell.metadata.get("tags", []), str(cell.get("outputs"))
