@@ -218,9 +218,10 @@ def rotation(h, w, d, like):
     precise = torch.float64 if like.dtype == torch.float64 else torch.float32
     frequency = torch.logspace(0, -4, d // 4, dtype=precise, device=like.device)
     frequency = torch.stack((-frequency, frequency), dim=-1).flatten()
-    angle = torch.arange(max(h, w), dtype=precise, device=like.device)[:, None] * frequency
-    turn = torch.stack((angle.cos(), angle.sin())).to(like.dtype)
-    row, column = turn[:, :h, None].expand(2, h, w, -1), turn[:, None, :w].expand(2, h, w, -1)
+    angles = [torch.arange(side, dtype=precise, device=like.device)[:, None] * frequency
+              for side in (h, w)]
+    row, column = (torch.stack((angle.cos(), angle.sin())).to(like.dtype) for angle in angles)
+    row, column = row[:, :, None].expand(-1, h, w, -1), column[:, None].expand(-1, h, w, -1)
     return torch.cat((row, column), dim=-1)[..., None, :]
 
 
@@ -311,7 +312,7 @@ class FFN(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Keeps half precision under autocast, which on a GPU would read and write float32."""
+    """Reads and writes half precision under autocast, where torch's on a GPU writes float32."""
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -330,7 +331,7 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.gamma, self.value)
 
     def forward(self, x):
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)  # half precision stays so under autocast
 
 
 class Block(nn.Module):
@@ -422,17 +423,17 @@ class SecViT(nn.Module):
 
         The strides are 4, 8, 16 and 32; sizes are rounded up (down without `conv_stem`). The maps
         are in channels_last memory: `flatten` works on them, `view` does not. ValueError for an
-        empty batch, a side below 32 or another number of channels. torch.compile builds one graph
-        per picture size, since a graph for all sizes takes too long to build. torch.export takes
-        any batch (with torch 2.11, of 2 or more) and sides that are multiples of 32.
+        empty batch, a side below 32 or another number of channels. torch.export takes any batch
+        (with torch 2.11, of 2 or more) and sides that are multiples of 32. torch.compile needs
+        dynamic=False, since one graph for all sizes takes too long to build. A model from
+        torch.jit.trace is right only for the size of picture that it was traced with.
         """
         channels = self.config.in_channels
         if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] != channels or min(x.shape[2:]) < 32:
             raise ValueError(f"resize or convert pictures {tuple(x.shape)} to (batch of 1 or more, "
                              f"{channels}, height, width) with sides of 32 or more")
-        if torch.compiler.is_dynamo_compiling():  # makes torch.compile specialise on the size
-            x = x.reshape(*x.shape[:2], *map(int, x.shape[2:]))
-        x, maps = x.contiguous(memory_format=torch.channels_last), {}
+        x, maps = rearrange(x, "b c h w -> b h w c").contiguous(), {}  # channels_last, also in vmap
+        x = rearrange(x, "b h w c -> b c h w")
         for i, stage in enumerate(self.stages):
             maps[str(i)] = x = stage(x)
         return maps
@@ -466,9 +467,21 @@ RELEASED_NAMES = (  # what the released checkpoints call our parts; replaced fro
 
 
 def read_checkpoint(path):
-    """What is in a checkpoint file. Only tensors and plain values load: it cannot run code."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors store their options
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """The dict in a checkpoint file. Only tensors and plain values load: it cannot run code.
+
+    ValueError for any other file, or none.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of the released checkpoints
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise almost anything
+        _, refused, name = str(error).partition("GLOBAL ")  # a type that could run code
+        why = (refused + name.split()[0] if refused else getattr(error, "strerror", None)
+               or f"it is damaged, or none: {error!r:.120}")
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
+    return checkpoint
 
 
 def load_weights(model, checkpoint, *, new_head=False):
@@ -483,8 +496,9 @@ def load_weights(model, checkpoint, *, new_head=False):
     """
     checkpoint = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     own, config, given = model.state_dict(), asdict(model.config), {}
-    if "config" in checkpoint:  # ours; a field that is newer than the checkpoint has its default
-        theirs = asdict(SecViTConfig()) | checkpoint["config"]
+    saved = checkpoint.get("config")
+    if isinstance(saved, dict) and "depths" in saved:  # ours
+        theirs = asdict(SecViTConfig()) | saved  # a field that is newer has its default
         free = {"num_classes", "drop_path", "layer_scale", "" if model.head else "head_width"}
         other = [f"{name} {theirs[name]}, not {config[name]}" for name in config
                  if theirs[name] != config[name] and name not in free]
@@ -494,10 +508,9 @@ def load_weights(model, checkpoint, *, new_head=False):
     checkpoint = next((checkpoint[name] for name in ("model", "model_ema", "state_dict")
                        if isinstance(checkpoint.get(name), dict)), checkpoint)
     for key, value in checkpoint.items():
-        key = "." + re.sub(r"^((module|_orig_mod)\.)*", "", str(key))
-        for theirs, ours in RELEASED_NAMES:
-            key = key.replace(theirs, ours)
-        key = key[1:]
+        key = re.sub(r"^((module|_orig_mod)\.)*", "", str(key))
+        for theirs, ours in RELEASED_NAMES if key not in own else ():
+            key = f".{key}".replace(theirs, ours)[1:]
         if (key.endswith("RoPE.angle") or key == "n_averaged" or not torch.is_tensor(value)
                 or key.startswith("head.") and not model.head):
             continue  # is computed here, or has no place in the model
@@ -508,8 +521,9 @@ def load_weights(model, checkpoint, *, new_head=False):
             given[name] = weight
     classifier = {key: own[key] for key in ("head.5.weight", "head.5.bias") if new_head
                   and key in given.keys() & own.keys() and given[key].shape != own[key].shape}
+    trial = deepcopy(model)  # fails before the model has changed
     try:
-        deepcopy(model).load_state_dict(given | classifier)  # fails before the model has changed
+        trial.load_state_dict(given | classifier)
     except RuntimeError as error:
         wrong = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:7]]
         raise ValueError(f"these are the weights of another model: {'; '.join(wrong)}") from None
@@ -523,12 +537,13 @@ def count(model, size=224):
 
     torch's counter takes convolutions and matrix products; Eq. 3 (0.04 % in Tiny) is not one here.
     """
-    counter, training = FlopCounterMode(display=False), model.training
-    weight = next(model.parameters())
+    counter, weight = FlopCounterMode(display=False), next(model.parameters())
     picture = torch.zeros(1, weight.shape[1], size, size).to(weight)
+    modes = [(module, module.training) for module in model.modules()]
     with counter, sdpa_kernel(SDPBackend.MATH):  # attention as the two products it stands for
         model.eval()(picture)
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     products = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
     parameters = sum(p.numel() for p in model.parameters())
     return parameters, counter.get_total_flops() // 2, products // 2

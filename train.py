@@ -109,17 +109,17 @@ PARSER = argparse.ArgumentParser(
     prog="train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
     formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.error = refuse
-add = PARSER.add_argument
+add, either = PARSER.add_argument, PARSER.add_mutually_exclusive_group().add_argument
 add("--model", choices=VARIANTS, help="default: tiny")
 add("--set", nargs="+", action="extend", metavar="FIELD=VALUE",
     help="fields of SecViTConfig, like lce=False or clusters=64,16,4,1")
-add("--data", type=lambda path: path.rstrip("/\\"),
+add("--data", type=lambda path: path if path[:-1] in DATA else path.rstrip("/\\"),
     help=f"a folder, or one of {', '.join(DATA)}; default: digits")
 add("--out", help="folder of the run; default: the next free number in runs")
 add("--weights", help="a checkpoint to start from, to evaluate or to predict with")
-add("--eval", action="store_true", help="evaluate --weights and end")
-add("--predict", nargs="+", action="extend", metavar="FILE",
-    help="name the likeliest classes and end")
+either("--eval", action="store_true", help="evaluate --weights and end")
+either("--predict", nargs="+", action="extend", metavar="FILE",
+       help="name the likeliest classes and end")
 add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU")
 add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
 for name, (value, _, _, meaning) in RECIPE.items():
@@ -141,8 +141,6 @@ def parse(argv):
     for name, value in given.items():
         if value in ("", [""]):
             raise ValueError(f"--{name} is empty: type a value, or leave it out")
-    if given.keys() >= {"eval", "predict"}:
-        raise ValueError("--eval and --predict are two commands: type one of them")
     if given.keys() & {"eval", "predict"} and "weights" not in given:
         raise ValueError("--eval and --predict need --weights, a checkpoint")
     return given
@@ -218,8 +216,7 @@ def going_on(given, old):
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the run in {given['out']} "
                              f"has {options.get(name)}; for another run choose another --out")
     if given.get("epochs", math.inf) * old.get("steps", math.inf) < old["state"]["step"]:
-        raise ValueError(f"--epochs {given['epochs']}: the run in {given['out']} is further; type "
-                         "more")
+        raise ValueError(f"--epochs {given['epochs']}: {given['out']} is further, so type more")
     return options | {name: given[name] for name in given.keys() & FREE}
 
 
@@ -230,18 +227,17 @@ def prepare(given, store):
     train on and to evaluate, and the places of their classes among those of the model.
     """
     if DEVICE.type == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
-        raise ValueError(f"{LOCAL_WORLD} processes for {torch.cuda.device_count()} GPUs: start "
-                         "torchrun with a smaller --nproc_per_node")
+        raise ValueError(f"--nproc_per_node {LOCAL_WORLD} is above the number of GPUs, "
+                         f"{torch.cuda.device_count()}: type a smaller one")
     if store.check(["out"]):  # torchrun has started the run again
-        given["out"] = store.get("out").decode()
+        given["out"] = json.loads(store.get("out"))
     training = "eval" not in given
     last = Path(given["out"], "last.pt") if training and "out" in given else None
-    old = load(last) if last and last.exists() else {}
+    old = read_checkpoint(last) if last and last.exists() else {}
     if last and not old and last.with_name("best.pt").exists():
-        raise ValueError(f"{given['out']} has a best.pt, but no last.pt to go on from: choose "
-                         "another --out")
+        raise ValueError(f"{given['out']} has a best.pt, but no last.pt: choose another --out")
     options = going_on(given, old) if old else given
-    weights = old or (load(options["weights"]) if "weights" in options else {})
+    weights = old or (read_checkpoint(options["weights"]) if "weights" in options else {})
     trained = weights.get("options", {})
     data = options.get("data", "digits" if training else trained.get("data", "digits"))
     train_set, val_set, names = load_pictures(data, training)
@@ -259,8 +255,7 @@ def prepare(given, store):
     seed_all("weights", options.get("seed", RECIPE["seed"][0]))
     model = SecViT(config)
     if weights:
-        path = last if old else options["weights"]
-        fresh |= fill(model, weights, path, new_head=training and not old)
+        fresh |= load_weights(model, weights, new_head=training and not old)
     if fresh:  # also where there are as many classes
         model.init_weights(model.head[5])
     if weights and not old:
@@ -278,19 +273,16 @@ def prepare(given, store):
     if size < stride or training and smallest < 1 + (size < 2 * stride):
         raise ValueError(f"batches of {smallest} pictures of --size {size} are too small for batch "
                          f"norm at stride {stride}: use a larger --micro, --batch or --size")
-    pictures = [describe(part) for part in (train_set, val_set)]
-    if pictures != old.get("pictures", pictures):
-        print("the pictures have changed since the run began; its epochs stay as long as they were")
-    run = dict(options=options, config=asdict(config), classes=classes, pictures=pictures,
+    run = dict(options=options, config=asdict(config), classes=classes,
+               pictures=[describe(part) for part in (train_set, val_set)],
                steps=old.get("steps", max(1, len(train_set) // options["batch"])))
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
         try:
             os.makedirs(options.setdefault("out", f"runs/{number}"), exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out {options['out']} cannot be made: {error.strerror}; choose "
-                             "another")
-        store.set("out", options["out"])
+            raise ValueError(f"{error}: choose another --out")
+        store.set("out", json.dumps(options["out"]))  # in ASCII, whatever the name
     return run, model, old, train_set, val_set, [classes.index(name) for name in names]
 
 
@@ -359,15 +351,19 @@ def transforms(options, classes=None):
 def open_picture(path):
     """RGB as a person sees the picture: turned as its EXIF says, on white where transparent.
 
-    16 bits of grey are scaled to 8. ValueError for numbers whose range nobody knows.
+    16 bits of grey are scaled to 8, as many as a TIFF says that it uses. ValueError for numbers
+    whose range nobody knows.
     """
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
+        picture, tags = ImageOps.exif_transpose(file), getattr(file, "tag_v2", {})
     if picture.mode[0] in "IF":
         values = np.asarray(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        white = 2 ** min(16, tags.get(258, [16])[0] - (tags.get(339) == (2,))) - 1  # bits, signed
+        if picture.mode == "F" or values.min() < 0 or values.max() > white:
             raise ValueError(f"nobody knows the range of {values.dtype}: save it with 8 or 16 bits")
-        picture = Image.fromarray((values / 257).round().astype("uint8"))
+        values = np.where(values == picture.info.get("transparency"), white, values)
+        grey = (values * (255 / white)).round()
+        picture = Image.fromarray((255 - grey if tags.get(262) == 0 else grey).astype("uint8"))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -381,44 +377,37 @@ class Folder(datasets.ImageFolder):
     """
 
     def __init__(self, data, part):
-        folders = self.find_classes(data)[0]
-        if part not in folders:
+        root, folders = Path(data, part), self.find_classes(data)[0]
+        if part not in folders or not self.find_classes(root)[0]:
             others = [name for name in folders if name.lower() in ("valid", "validation", "test")]
             hint = f": rename {others[-1]}/ to val/" if others and part == "val" else ""
             raise ValueError(f"{data} needs {part}/ with a folder of pictures for each class{hint}")
-        if not self.find_classes(Path(data, part))[0]:
-            raise ValueError(f"{data}/{part} needs a folder for each class, its pictures in it")
-        endings, self.left_out = Image.registered_extensions(), []
-        self.readable = {ending for ending, name in endings.items() if name in Image.OPEN}
-        super().__init__(Path(data, part), loader=open_picture, is_valid_file=self.is_picture,
-                         allow_empty=True)
-        if self.left_out:
-            print(f"{len(self.left_out):,} files in {self.root} are left out, as Pillow cannot "
-                  f"read {', '.join(sorted({*self.left_out}))}")
+        super().__init__(root, loader=open_picture, allow_empty=True, is_valid_file=lambda path:
+                         os.sep + "." not in path.removeprefix(str(root)))  # hidden
+        formats, files = Image.registered_extensions(), self.samples
+        self.samples = [file for file in files
+                        if formats.get(os.path.splitext(file[0])[1].lower()) in Image.OPEN]
+        self.targets = [label for _, label in self.samples]
+        left_out = [Path(path) for path, _ in {*files} - {*self.samples}]
+        if left_out:
+            endings = sorted({path.suffix or path.name for path in left_out})
+            print(f"{len(left_out):,} files in {root} are left out, as Pillow cannot read "
+                  f"{', '.join(endings)}")
         empty = sorted({*range(len(self.classes))} - {*self.targets})
         if empty:
-            raise ValueError(f"{Path(self.root, self.classes[empty[0]])} has no picture that "
-                             "Pillow can read: add some, or remove the class from train/ and val/")
+            raise ValueError(f"{root / self.classes[empty[0]]} has no picture that Pillow can "
+                             "read: add some, or remove the class from train/ and val/")
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
                        if entry.is_dir() and not entry.name.startswith("."))
         return names, {name: index for index, name in enumerate(names)}
 
-    def is_picture(self, path):
-        hidden = os.sep + "." in path.removeprefix(str(self.root))
-        ending = os.path.splitext(path)[1]
-        readable = ending.lower() in self.readable
-        if not hidden and not readable:
-            self.left_out.append(ending or os.path.basename(path))
-        return readable and not hidden
-
 
 def load_pictures(data, train=True):
     """The pictures to train on, none without `train`; those to evaluate; names of the classes."""
     if data in DATA and Path(data, "train").is_dir():
-        raise ValueError(f"--data {data} is a known data set and a folder: type ./{data} for the "
-                         "folder, or rename it")
+        raise ValueError(f"{data} is a known data set: type ./{data} for the folder, or rename it")
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -519,29 +508,6 @@ def save(path, write):
         temporary.unlink(missing_ok=True)
         raise Stopped(f"cannot write {path}: {error.strerror}; what was there before is intact: "
                          "mend that, then type the same command again")
-
-
-def load(path):
-    """The dict in a checkpoint. ValueError for any other file, or none."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error.strerror}")
-    except Exception as error:  # a damaged file may raise almost anything
-        _, refused, name = str(error).partition("GLOBAL ")  # a type that could run code
-        why = refused + name.split()[0] if refused else f"it is damaged, or none: {error!r:.120}"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {why}")
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} cannot be used: it holds a {type(checkpoint).__name__}, no dict")
-    return checkpoint
-
-
-def fill(model, checkpoint, path, new_head=False):
-    """`load_weights`, whose errors name the file."""
-    try:
-        return load_weights(model, checkpoint, new_head=new_head)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}")
 
 
 def catch_signals(worker=None):
@@ -650,7 +616,7 @@ def save_run(run, parts, state):
         save(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-def end_epoch(run, parts, state, batches, speed):
+def end_epoch(run, parts, state, batches):
     """Evaluates the weights and their average, and keeps the record and the best of them."""
     options = run["options"]
     save_run(run, parts, state)  # a kill or a picture may end the evaluation
@@ -659,7 +625,7 @@ def end_epoch(run, parts, state, batches, speed):
     record = dict(epoch=len(state["history"]) + 1, loss=state["loss"] / run["steps"],
                   lr=learning_rate((state["step"] - 1) / run["steps"], options),
                   raw_top1=raw["top1"], ema_top1=ema["top1"], top1=better["top1"],
-                  val_loss=better["loss"], images_per_s=speed)
+                  val_loss=better["loss"], images_per_s=state["speed"])
     if RANK == 0 and record["top1"] > state["best"]:  # before last.pt: a kill loses nothing
         best = parts["model"] if better is raw else parts["ema"].module
         save(Path(options["out"], "best.pt"),
@@ -674,12 +640,17 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     """From the step of the checkpoint to the end of the run, or to a signal."""
     options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
-    state = states.get("state") or dict(step=0, loss=0.0, best=-1.0, history=[])  # beside the parts
+    state = dict(step=0, loss=0.0, best=-1.0, speed=0.0, history=[])  # beside those of the parts
+    state |= states.get("state", {})
     start, before = state["step"], states.get("options", options)
     best = Path(options["out"], "best.pt")
     if start:
         print(f"going on after step {start} of {last}")
-    if len(state["history"]) < options["epochs"] and not best.exists():  # somebody has removed it
+    pictures, known = run["pictures"], states.get("pictures", run["pictures"])
+    if pictures != known:
+        print("the pictures have changed since the run began; its epochs stay as long as they were")
+    anew = pictures[1] != known[1] or not best.exists()  # other pictures to evaluate, or no best.pt
+    if anew and len(state["history"]) < options["epochs"]:
         state["best"] = -1.0
     if before["epochs"] != options["epochs"]:
         old, new = (learning_rate(start / steps, values) for values in (before, options))
@@ -687,14 +658,13 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
               f"at {new:.3g} instead of {old:.3g}")
     parts = build(options, model, states)
     forward = DistributedDataParallel(parts["model"]) if WORLD > 1 else parts["model"]
-    forward = torch.compile(forward) if options["compile"] else forward
+    forward = torch.compile(forward, dynamic=False) if options["compile"] else forward
     augment, _, mix = transforms(options, len(run["classes"]))
     samples = schedule(len(train_set), steps, options, start)
     batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
     save_run(run, parts, state)  # a kill before the first epoch ends finds the run
-    evaluating = 0.0  # seconds
     for epoch in range(len(state["history"]), options["epochs"]):
         first, began = state["step"], time.monotonic()
         bar = tqdm(range(first, (epoch + 1) * steps), initial=first, total=last, unit="step",
@@ -705,8 +675,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
                 batch = [next(batches) for _ in range(micro_steps(options))]
             except Stopped as error:
                 unreadable = error
-            stop, = total(bool(SIGNALS or unreadable))
-            if stop:
+            if any(total(bool(SIGNALS or unreadable))):  # in any process
                 save_run(run, parts, state)
                 print(f"saved after step {step} of {last}; to go on, type the same command, with "
                       f"--out {options['out']}")
@@ -722,27 +691,24 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
             now = time.monotonic()
             if step == start:  # which also starts the workers and tunes cuDNN
                 warm = reported = now
-            pace = (now - warm) / max(1, step - start)  # seconds per step
-            if step == start + 4:
-                interval = tqdm.format_interval((pace - evaluating / 4) * steps)  # like 3:02:05
-                print(f"an epoch takes about {interval}, and its evaluation")
-            if bar.disable and now - reported > 60:  # a line a minute
-                left = tqdm.format_interval(pace * (last - step - 1))
-                print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}  {left} left")
+            elif step == start + 4 or bar.disable and now - reported > 60:  # then a line a minute
+                pace = (now - warm) / (step - start)  # seconds per step, with evaluations
+                whole, left = (tqdm.format_interval(pace * n) for n in (steps, last - step - 1))
+                print(f"step {step + 1} of {last}  loss {loss:.4g}  lr {rate:.4g}; an epoch takes "
+                      f"about {whole}, {left} left")  # like 3:02:05
                 reported = now
-        ended = time.monotonic()
-        speed = (state["step"] - first) * options["batch"] / (ended - began)
-        end_epoch(run, parts, state, batches_to_evaluate, speed)
-        evaluating += time.monotonic() - ended
+        if state["step"] > first:
+            state["speed"] = (state["step"] - first) * options["batch"] / (time.monotonic() - began)
+        end_epoch(run, parts, state, batches_to_evaluate)
     print(f"best top-1 {state['best']:.2f} %, {best}" + " (which is gone)" * (not best.exists()))
 
 
 def predict(given, store):
     """Prints the five likeliest classes of each picture, with their probabilities."""
-    checkpoint = load(given["weights"])
+    checkpoint = read_checkpoint(given["weights"])
     names = checkpoint.get("classes", models.ResNet50_Weights.DEFAULT.meta["categories"])
     model = SecViT(model_config(given, checkpoint, len(names))).eval()
-    fill(model, checkpoint, given["weights"])
+    load_weights(model, checkpoint)
     options, _ = choose(given | dict(data="IMAGENET"), 10**6, checkpoint.get("options", {}))
     crop = transforms(options)[1]
     for path in given["predict"]:
@@ -758,23 +724,20 @@ def predict(given, store):
 
 def work(argv):
     """What the command line says, in this process."""
-    unset = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-             if not os.environ.get(name)]
-    torchrun = bool(os.environ.get("RANK"))  # its store outlives the processes it may start again
-    if unset and (torchrun or int(os.environ.get("WORLD_SIZE") or 1) > 1):
-        raise BadInput(f"{unset[0]} is not set in the environment, where RANK or WORLD_SIZE is: "
-                       "start with torchrun, or unset them")
-    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    start = (store.add("started", 1) - 1) // WORLD  # how often the group has started before
     prepared = [None]
-    if RANK == 0:
-        try:
+    try:  # torchrun's store outlives the processes that it may start again
+        torchrun = os.environ.get("RANK") or WORLD > 1
+        store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
+        start = (store.add("started", 1) - 1) // WORLD  # how often the group has started before
+        if RANK == 0:
             given = parse(argv)
             prepared = [(predict if "predict" in given else prepare)(given, store)]
-        except (OSError, ValueError) as error:
-            raise BadInput(" ".join(str(error).split())[:1000]) from error
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise BadInput(f"a checkpoint does not hold what it should: {error!r:.200}") from error
+    except SystemExit:  # --help
+        pass
+    except (OSError, ValueError) as error:
+        raise BadInput(" ".join(str(error).split())[:1000]) from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise BadInput(f"a checkpoint does not hold what it should: {error!r:.200}") from error
     if WORLD > 1:  # under a number that no group which died has left its addresses under
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK,
                                 world_size=WORLD)
@@ -797,7 +760,7 @@ def work(argv):
     else:
         result, = evaluate([model.to(DEVICE)], batches, options)
         print(f"top-1 {result['top1']:.2f} %" + f", top-5 {result['top5']:.2f} %" * (classes > 5)
-              + f" of {len(val_set):,} pictures, loss {result['loss']:.4f}")
+              + f" of {len(val_set):,} pictures, loss {result['loss']:.4f}, amp {options['amp']}")
 
 
 def main(argv):
@@ -818,24 +781,23 @@ def main(argv):
             dist.destroy_process_group()
 
 
+LINES = {
+    torch.OutOfMemoryError: "GPU memory is full: type the same command with a smaller --micro",
+    BrokenPipeError: "nobody reads what is printed: type the same command without that pipe",
+    KeyboardInterrupt: "stopped by Ctrl-C"}  # before the first step; then `catch_signals` takes it
+
+
 def command_line(argv):
     """`main` with one line for each known error. The exit code: 2 for bad input."""
     try:
         return main(argv)
-    except torch.OutOfMemoryError:
-        error = Stopped("the GPU's memory is full: type the same command with a smaller --micro")
-    except BrokenPipeError:
-        error = Stopped("nobody reads what is printed: type the same command without that pipe")
-    except KeyboardInterrupt:  # before the first step; then `catch_signals` takes it
-        error = Stopped("stopped by Ctrl-C")
-    except Stopped as stopped:
-        error = stopped
-    line = str(error).splitlines()[-1].rpartition("Stopped: ")[2]  # of a worker's traceback
-    bad = isinstance(error, BadInput)
-    print(f"train.py: {'error: ' * bad}{line}", file=sys.stderr)
-    return 1 + bad
+    except (Stopped, *LINES) as error:  # of a worker, it is the last line of a traceback
+        line = LINES.get(type(error)) or str(error).splitlines()[-1].rpartition("Stopped: ")[2]
+        bad = isinstance(error, BadInput)
+        print(f"train.py: {'error: ' * bad}{line}", file=sys.stderr)
+        return 1 + bad
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for any name
     sys.exit(command_line(sys.argv[1:]))
