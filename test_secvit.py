@@ -976,6 +976,7 @@ def test_a_folder_has_a_preset_by_its_size_and_the_average_forgets_the_first_wei
     assert ("fine-tuning" in why) == fresh
     assert steps >= 100 and options["micro"] * options["size"] ** 2 <= 8 * 224 ** 2  # on a CPU
     assert options["size"] == (224 if fresh or pictures == 100_000 else 64)
+    assert (options["rand_augment"] == 9) == (not fresh and pictures in (3, 240, 100_000))
 
 
 def test_only_the_weights_of_convolutions_and_linear_layers_decay():

@@ -78,8 +78,8 @@ FASHION = SMALL | dict(size=32, epochs=12, batch=64, lr=1e-3, min_crop=0.8, eras
 CIFAR = SMALL | dict(size=32, epochs=100, batch=128, min_crop=0.4, cutmix=1.0, rand_augment=9.0)
 LARGER = CIFAR | dict(size=160, min_crop=0.3, center=0.875)
 FOLDER = SMALL | dict(size=224 if torch.cuda.is_available() else 64,  # or it takes hours
-                      epochs=30, batch=32, lr=5e-4, min_crop=0.5, rand_augment=9.0)
-FINETUNE = FOLDER | dict(size=224, epochs=20, lr=3e-4, min_crop=0.6, rand_augment=0.0)
+                      epochs=30, batch=32, lr=5e-4, min_crop=0.5)
+FINETUNE = FOLDER | dict(size=224, epochs=20, lr=3e-4, min_crop=0.6)
 DATA = {  # what differs from the recipe, torchvision's class, how it calls its two parts
     "digits": (DIGITS, None, None, None),
     "fashion": (FASHION, datasets.FashionMNIST, dict(train=True), dict(train=False)),
@@ -166,6 +166,8 @@ def choose(given, pictures=10**6, trained={}, new_classes=False):
     if options["data"] not in DATA:  # few pictures must be seen more often
         seen = 6000 if new_classes else 48000
         recipe["epochs"] = max(recipe["epochs"], math.ceil(seen / max(pictures, recipe["batch"])))
+        if pictures < 400 and not new_classes:  # or they are learned by heart
+            recipe["rand_augment"] = 9.0
     epochs, batch, size = ((recipe | options)[name] for name in ("epochs", "batch", "size"))
     if DEVICE.type == "cpu":  # about 1 GB for Tiny
         recipe["micro"] = max(2, min(128, 8 * 224**2 // size**2))
