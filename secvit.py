@@ -312,7 +312,7 @@ class FFN(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Reads and writes half precision under autocast, where torch's on a GPU writes float32."""
+    """Stays in half precision under autocast, where torch's layer norm on a GPU is float32."""
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)

@@ -840,15 +840,6 @@ def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch
     assert {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")} == before
 
 
-@pytest.mark.parametrize("error, line", [
-    (KeyboardInterrupt(), "stopped by Ctrl-C"),  # as Python raises on SIGINT
-    (BrokenPipeError(), "nobody reads what is printed: type the same command without that pipe")])
-def test_ctrl_c_and_a_pipe_that_ends_are_one_line(monkeypatch, capsys, error, line):
-    monkeypatch.setattr(train, "work", lambda argv: (_ for _ in ()).throw(error))
-    assert train.command_line([]) == 1
-    assert capsys.readouterr().err == f"train.py: {line}\n"
-
-
 def test_help_lets_no_process_wait(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([[train.dist.HashStore()]]))
@@ -1120,9 +1111,10 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 def test_nothing_that_windows_lacks_is_needed(folder, tmp_path):
+    out = tmp_path / ("ü \udce9" if sys.platform == "linux" else "ü")  # a byte that is not UTF-8
     for command, code, words in (
             (["--help"], 0, "--out names a run"), (["--epochs", "0"], 2, "--epochs 0 is not in"),
-            (arguments(folder, tmp_path / "ü \udce9", "--epochs", "1"), 0, "\\xfc")):
+            (arguments(folder, out, "--epochs", "1"), 0, "\\xfc")):
         done = subprocess.run([sys.executable, "-c", WITHOUT, *command], text=True, cwd=HERE,
                               env=dict(os.environ, PYTHONIOENCODING="ascii"),
                               capture_output=True, timeout=300)
@@ -1310,12 +1302,14 @@ def test_an_unreadable_picture_is_named_and_costs_nothing(
     assert torch.equal(weights(tmp_path / "run"), weights(whole))
 
 
-def fill_memory(parts, out):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+def fail(error, parts, out):
+    raise error
 
 
 @pytest.mark.parametrize("number, act, message", [
-    (3, fill_memory, "GPU memory is full: type the same command with a smaller --micro$"),
+    (3, partial(fail, torch.OutOfMemoryError("CUDA out of memory")), "type .* smaller --micro$"),
+    (3, partial(fail, KeyboardInterrupt()), "stopped by Ctrl-C$"),  # as Python raises on SIGINT
+    (3, partial(fail, BrokenPipeError()), "nobody reads what is printed: type the same .* pipe$"),
     pytest.param(
         3, lambda parts, out: (out / "last.pt.tmp").symlink_to("/dev/full"),
         "cannot write .*last.pt: No space left.* is intact.*same command",
