@@ -706,7 +706,7 @@ def test_classes_are_compared_by_name(trained, tmp_path, capsys):
     same = [printed(["--eval", "--weights", path, *options], capsys).splitlines()[-1]
             for path in (trained / "run" / "best.pt", tmp_path / "best.pt")]
     top1, = re.findall(r"top-1 (\S+) %, top-5 \S+ % of 36 pictures, loss \S+", same[0])
-    assert same[0] == same[1] and float(top1) > 50
+    assert same[0] == same[1] and float(top1) > 100 / 6  # better than chance
     # In the order of the weights; the average stays what it was.
     on = ["--out", tmp_path / "on", "--weights", tmp_path / "best.pt", "--epochs", "1", "--lr", "0",
           "--warmup", "0", "--ema", "1", *options]
