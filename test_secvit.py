@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -288,6 +289,20 @@ def test_a_compiled_model_has_one_graph_for_each_picture_size():
         x = torch.randn(2, 3, h, w)
         torch.testing.assert_close(compiled(x), model(x))
         assert graphs.frame_count == number
+
+
+def test_a_model_compiled_for_a_gpu_leaves_the_moving_of_rows_to_the_compiler():
+    """On a fake GPU. The compiler cannot view its own buffers as words, which eager mode does."""
+    called = []
+
+    def keep(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        compiled = torch.compile(SECA(16, heads=2, clusters=3), fullgraph=True,
+                                 backend=aot_autograd(fw_compiler=keep))
+        compiled(torch.empty(2, 5, 5, 16))
+    assert called.count("aten.index_select.default") == 4 and "aten.view.dtype" not in called
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
