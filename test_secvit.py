@@ -1,4 +1,4 @@
-"""Properties of secvit.py, train.py and the notebooks, one a test. `pytest` runs all of them."""
+"""Properties of secvit.py, train.py and the notebooks, one per test. `pytest` runs all of them."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def seed():
 
 @pytest.mark.parametrize("l, clusters", [(96, 8), (63, 32), (101, 8), (49, 1), (5, 32)])
 def test_clusters_are_equal_pieces_by_falling_similarity_and_ungroup_is_the_inverse(l, clusters):
-    """Equal or, where l does not divide, the first ones longer by a token; also as labels."""
+    """If c does not divide l, the first clusters have one token more. The labels agree."""
     k = torch.randn(2, 3, l, 8)
     x = torch.stack((similarity(k), cluster_labels(k, clusters)), dim=-1)
     rows = row_numbers(cluster_order(k))
@@ -77,7 +77,7 @@ class OnGPU(torch.Tensor):
 
 @pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.float32, 3)])
 def test_rows_move_on_a_gpu_as_on_the_cpu(dtype, d):
-    """There, rows of whole 64-bit words are written where they belong; others are read."""
+    """There, index_copy_ moves rows of whole 64-bit words, index_select all others."""
     rows = torch.randperm(7)
     inverse = rows.argsort()
     leaf = torch.randn(7, d, dtype=dtype, requires_grad=True)
@@ -350,7 +350,7 @@ def test_gradients_reach_every_parameter_and_add_in_one_order(changes):
     assert len(atomic(lambda: x.index_select(0, rows) + x[rows] + x.gather(0, rows))) == 3
     model = SecViT(SecViTConfig(**SMALL, layer_scale=(1e-2,) * 4, drop_path=0.1, **changes))
     assert atomic(lambda: model(torch.randn(2, 3, 72, 64))) == []
-    # Also what BN or softmax takes away, as the bias before BN, has one: of rounding errors.
+    # A bias that BN or softmax cancels has one, too: rounding errors.
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_is_a_value_error_of_one_line(make, words):
 
 
 def released_weights(config):
-    """The authors' checkpoint, with values from NumPy's frozen stream, one seed a key."""
+    """The authors' checkpoint, with values from NumPy's frozen stream, a seed per key."""
     fill, dims, wide = {}, config.dims, config.head_width  # key: shape, mean, spread
 
     def layer(name, *shape):  # a norm has one dimension, a convolution four
@@ -839,15 +839,15 @@ def refused(arguments, capsys):
     ("--out text.pt --batch 4", "File exists: 'text.pt': choose another --out"),
     ("--out best", "best has a best.pt, but no last.pt: choose another --out"),
     ("--weights text.pt", "text.pt cannot be read"),
-    ("--weights list.pt", "it holds a list, no dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
+    ("--weights list.pt", "list.pt holds a list, not a dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),
     ("--out taken --batch 8", "--batch 8: the run in taken has 4; for another run choose another"),
-    ("--out taken --epochs 2", "--epochs 2: taken is further, so type more"),
+    ("--out taken --epochs 2", "--epochs 2: taken has done more, so type more"),
     ("--out taken --data pink/", "--data pink: the run in taken has"),
     ("--predict=a.png --predict=b.png --weights taken/best.pt", "a.png cannot be read"),
     ("--set lce=x --set drop_path=0", "--set lce=x: write a value like"),
     ("--out another", "weights of another model"), ("--out half", "last.pt cannot be read"),
-    ("--out hostile", "a checkpoint does not hold what it should")])
+    ("--out hostile", "a checkpoint is incomplete")])
 def test_bad_input_is_one_line_and_changes_nothing(mistakes, capsys, monkeypatch, command, words):
     monkeypatch.chdir(mistakes)
     before = {path: path.stat().st_mtime_ns for path in mistakes.rglob("*")}
@@ -1023,7 +1023,7 @@ def test_mixup_and_cutmix_have_half_of_the_batches_each_and_targets_mix_as_the_p
         blends += len(mixed[0, 0].unique()) == 1
         torch.testing.assert_close(mixed[:, 0].mean((1, 2)), targets @ torch.arange(8.0))
         torch.testing.assert_close(targets.sum(1), torch.ones(8))
-        assert len({*targets.amax(1).tolist()}) == 1  # one lambda a batch
+        assert len({*targets.amax(1).tolist()}) == 1  # one lambda per batch
     assert near(blends, 0.5, 400)
 
 
@@ -1062,7 +1062,7 @@ def test_operations_of_randaugment_have_the_recipes_arguments():
 
 
 def test_randaugment_draws_as_the_recipe_does(monkeypatch):
-    drawn, numbers = [], []  # (operation, strength); how many a picture
+    drawn, numbers = [], []  # (operation, strength); how many per picture
     monkeypatch.setattr(train, "OPERATIONS", {
         name: lambda img, u, name=name: drawn.append((name, u)) or img
         for name in train.OPERATIONS})
@@ -1228,8 +1228,9 @@ def test_processes_work_like_one_on_one_machine_or_two_that_lose_a_rank(
         folder, tmp_path, monkeypatch):
     """Equal weights on all ranks, and those of one process that takes four micro-steps.
 
-    By gradient descent, on one cluster, with last maps of 2x2: where a gradient is 0, AdamW makes
-    whole steps of rounding errors; clusters can part on them, and BN of two numbers a sign.
+    Rounding errors must stay small. AdamW makes whole steps of them where a gradient is 0, so this
+    is SGD. They can change a cluster, so there is one. BN of two values keeps only their order, so
+    the last maps are 2x2.
     """
     script = tmp_path / "patched.py"
     script.write_text(PATCHED)

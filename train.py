@@ -2,7 +2,8 @@
 
     python train.py                                    # handwritten digits, on any laptop
     torchrun train.py --model tiny                     # the same as a job of one process
-    python train.py --data PICTURES --out runs/mine    # add --weights best.pt to fine-tune
+    python train.py --data PICTURES --out runs/mine    # from scratch
+    python train.py --data PICTURES --out runs/tuned --weights best.pt     # fine-tune
     python train.py --eval --weights runs/mine/best.pt --data PICTURES
     python train.py --predict a.jpg b.png --weights runs/mine/best.pt
     torchrun --nproc_per_node=8 train.py --model tiny --data IMAGENET      # the paper's recipe
@@ -54,7 +55,7 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "size": (224, 32, 4096, "side of the square pictures in pixels"),
     "epochs": (300, 1, 10**6, "passes over the training pictures"),
     "batch": (1024, 1, 2**20, "pictures per optimiser step, over all processes"),
-    "micro": (128, 1, 1024, "pictures that a process takes at once; gradients add up to --batch"),
+    "micro": (128, 1, 1024, "pictures of a process at once; gradients accumulate up to --batch"),
     "lr": (1e-3, 0, 100, "peak learning rate; the default scales with --batch"),
     "min_lr": (1e-5, 0, 100, "learning rate at the end of the cosine; scales with --batch"),
     "warmup": (5.0, 0, 10**6, "epochs of linear warm-up from 1e-6"),
@@ -67,7 +68,7 @@ RECIPE = {  # the value for ImageNet, the lowest, the highest, the meaning
     "erasing": (0.25, 0, 1, "probability of random erasing"),
     "mixup": (0.8, 0, 100, "Mixup's alpha; 0: none"),
     "cutmix": (1.0, 0, 100, "CutMix's alpha; 0: none; with both, a batch has either"),
-    "repeats": (3, 1, 100, "repeated augmentation: an epoch has a third of the pictures, thrice"),
+    "repeats": (3, 1, 100, "copies of a picture in an epoch, which has fewer pictures"),
     "center": (0.875, 0.1, 1, "share of the side that the centre crop of the evaluation keeps"),
     "seed": (0, 0, 2**32 - 1, "of everything that is random"),
     "workers": (-1, -1, 512, "processes that read pictures; -1: one for each core"),
@@ -133,7 +134,7 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cp
 
 
 def parse(argv):
-    """What was typed, within its bounds."""
+    """The options that were typed, as a dict. ValueError out of their bounds."""
     given = vars(PARSER.parse_args([*map(str, argv)]))  # a script may pass numbers and paths
     for name, (_, low, high, _) in RECIPE.items():
         if not low <= given.get(name, low) <= high:
@@ -147,7 +148,7 @@ def parse(argv):
 
 
 def choose(given, pictures=10**6, trained={}, new_classes=False):
-    """The options of a run: what was typed, else its preset's, else the recipe's. And why that one.
+    """Options of a run, as typed, else its preset's, else the recipe's; and why that preset, a str.
 
     pictures: how many there are to train on; trained: options of the run that made --weights;
     new_classes: whether that run had other classes, so that this one is fine-tuning.
@@ -166,7 +167,7 @@ def choose(given, pictures=10**6, trained={}, new_classes=False):
     if options["data"] not in DATA:  # few pictures must be seen more often
         seen = 6000 if new_classes else 48000
         recipe["epochs"] = max(recipe["epochs"], math.ceil(seen / max(pictures, recipe["batch"])))
-        if pictures < 400 and not new_classes:  # or they are learned by heart
+        if pictures < 400 and not new_classes:  # or they are overfitted
             recipe["rand_augment"] = 9.0
     epochs, batch, size = ((recipe | options)[name] for name in ("epochs", "batch", "size"))
     if DEVICE.type == "cpu":  # about 1 GB for Tiny
@@ -175,7 +176,7 @@ def choose(given, pictures=10**6, trained={}, new_classes=False):
     recipe["lr"] *= scale
     recipe["min_lr"] *= scale
     steps = epochs * max(1, pictures // batch)
-    recipe["ema"] = min(recipe["ema"] ** scale, 1e-4 ** (1 / steps))  # forgets the first weights
+    recipe["ema"] = min(recipe["ema"] ** scale, 1e-4 ** (1 / steps))  # the first weights fade
     recipe["warmup"] = min(recipe["warmup"], epochs / 10)
     return recipe | options, why
 
@@ -215,10 +216,11 @@ def going_on(given, old):
     options = {name: value for name, (value, *_) in RECIPE.items()} | old["options"]
     for name in sorted(given.keys() - FREE):  # an option that is newer than the run has its default
         if given[name] != options.get(name):
+            has = options.get(name, "begun without it")
             raise ValueError(f"--{name.replace('_', '-')} {given[name]}: the run in {given['out']} "
-                             f"has {options.get(name)}; for another run choose another --out")
+                             f"has {has}; for another run choose another --out")
     if given.get("epochs", math.inf) * old.get("steps", math.inf) < old["state"]["step"]:
-        raise ValueError(f"--epochs {given['epochs']}: {given['out']} is further, so type more")
+        raise ValueError(f"--epochs {given['epochs']}: {given['out']} has done more, so type more")
     return options | {name: given[name] for name in given.keys() & FREE}
 
 
@@ -226,7 +228,7 @@ def prepare(given, store):
     """Everything that bad input can break; rank 0 runs it before the others join.
 
     Returns what a checkpoint says of the run, its model, the states to go on from, the pictures to
-    train on and to evaluate, and the places of their classes among those of the model.
+    train on and to evaluate, and the output of the model for each of their classes.
     """
     if DEVICE.type == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
         raise ValueError(f"--nproc_per_node {LOCAL_WORLD} is above the number of GPUs, "
@@ -292,7 +294,7 @@ def prepare(given, store):
 
 
 def seed_all(*key):
-    """All that is random in a picture or a step follows from its place in the run."""
+    """Seeds torch from the place of a picture or a step in the run."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -335,7 +337,7 @@ def rand_augment(img, magnitude):
 
 
 def transforms(options, classes=None):
-    """Of a PIL picture to (3 size size) in training and in evaluation; of a batch in training."""
+    """Three: PIL picture to (3 size size) in training, in evaluation; and the mix of a batch."""
     size, cubic = options["size"], InterpolationMode.BICUBIC
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
               v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -353,7 +355,7 @@ def transforms(options, classes=None):
 def open_picture(path):
     """RGB as a person sees the picture: turned as its EXIF says, on white where transparent.
 
-    16 bits of grey are scaled to 8, as many as a TIFF says that it uses. ValueError for numbers
+    16-bit grey is scaled to 8 bits; a TIFF says how many of the 16 it uses. ValueError for numbers
     whose range nobody knows.
     """
     with Image.open(path) as file:
@@ -423,18 +425,19 @@ def load_pictures(data, train=True):
         try:
             parts = [make("data", download=True, **part) for part in parts[not train:]]
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data {data} cannot be downloaded into data: {error}")
+            raise ValueError(f"--data {data} cannot be downloaded, so try again: {error}")
     elif Path(data).is_dir():
         parts = [Folder(data, part) for part in ("train", "val")[not train:]]
     else:
-        raise ValueError(f"--data {data} is no folder and none of {', '.join(DATA)}")
+        raise ValueError(f"--data {data} is no folder (with train/ and val/) and none of "
+                         f"{', '.join(DATA)}")
     names, others = ([name if isinstance(name, str) else ", ".join(name) for name in part.classes]
                      for part in (parts[0], parts[-1]))
     if {*names} != {*others}:
         raise ValueError(f"{data}: only in train are {sorted({*names} - {*others})}, only in val "
                          f"{sorted({*others} - {*names})}: each class needs a folder in both")
     if train and len(names) < 2:
-        raise ValueError(f"{data} has one class, {names[0]}: there is nothing to tell it from")
+        raise ValueError(f"{data} has one class, {names[0]}: add a folder of another")
     return parts[0] if train else [], parts[-1], names
 
 
@@ -446,10 +449,10 @@ def describe(pictures):
 
 
 class Pictures(Dataset):
-    """(picture, label) of a sample (index, *where in the run). Names what cannot be read."""
+    """Sample (index, seed, epoch, place) -> (picture, label). Stopped names a damaged picture."""
 
-    def __init__(self, source, places, transform):
-        self.source, self.places, self.transform = source, places, transform
+    def __init__(self, source, outputs, transform):
+        self.source, self.outputs, self.transform = source, outputs, transform
 
     def __getitem__(self, sample):
         seed_all("picture", *sample)
@@ -460,7 +463,7 @@ class Pictures(Dataset):
             index, samples = sample[0], getattr(self.source, "samples", None)
             raise Stopped(f"picture {samples[index][0] if samples else index} cannot be read, so "
                           f"mend or remove it: {' '.join(str(error).split())}")
-        return self.transform(picture), self.places[label]
+        return self.transform(picture), self.outputs[label]
 
 
 def schedule(pictures, steps, options, start=0):
@@ -497,7 +500,7 @@ NOT_FINITE = ("; last.pt is from before: go on with the same command and --amp o
 
 
 def save(path, write):
-    """What write(file) writes: the whole file, or the old one stays."""
+    """Writes a file by write(buffer): the whole of it, or the old one stays."""
     temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
     write(buffer)  # torch.save straight to a full disk would be an obscure error
     try:
@@ -508,12 +511,12 @@ def save(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise Stopped(f"cannot write {path}: {error.strerror}; what was there before is intact: "
-                         "mend that, then type the same command again")
+        raise Stopped(f"cannot write {path}: {error.strerror}; the file from before is intact. "
+                         "Mend this, then type the same command again")
 
 
 def catch_signals(worker=None):
-    """The first makes a run end before its next step, a second ends the process at once."""
+    """A signal ends the run before its next step; another, over 1 s later, ends it at once."""
     def on_signal(number, frame):
         SIGNALS.append(time.monotonic())
         if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
@@ -531,7 +534,7 @@ def total(*numbers):
 
 
 def learning_rate(epoch, options):
-    """At `epoch`, with fractions: half a cosine over all epochs; warm-up replaces its start."""
+    """At `epoch`, a float: half a cosine over all epochs, its start replaced by the warm-up."""
     peak, warmup = options["lr"], options["warmup"]
     low = min(options["min_lr"], peak)
     if epoch < warmup:
@@ -566,7 +569,7 @@ def train_step(parts, forward, batches, mix, options, step):
     for number, (pictures, labels) in enumerate(batches):
         seed_all("step", options["seed"], step, number * WORLD + RANK)
         pictures, labels = (t.to(DEVICE, non_blocking=True) for t in (pictures, labels))
-        order = torch.randperm(len(labels), device=DEVICE)  # v2 mixes neighbours, perhaps copies
+        order = torch.randperm(len(labels), device=DEVICE)  # v2 pairs neighbours: maybe copies
         pictures, targets = mix(pictures[order], labels[order])
         forward.require_backward_grad_sync = number + 1 == len(batches)  # of DDP: once per step
         with torch.autocast(DEVICE.type, HALF.get(options["amp"]), options["amp"] in HALF):
@@ -638,8 +641,8 @@ def end_epoch(run, parts, state, batches):
     print("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
 
-def train(run, model, states, train_set, batches_to_evaluate, places):
-    """From the step of the checkpoint to the end of the run, or to a signal."""
+def train(run, model, states, train_set, batches_to_evaluate, outputs):
+    """Trains from the step of the checkpoint to the end of the run, or to a signal."""
     options, steps = run["options"], run["steps"]  # of an epoch
     last = options["epochs"] * steps
     state = dict(step=0, loss=0.0, best=-1.0, speed=0.0, history=[])  # beside those of the parts
@@ -663,7 +666,7 @@ def train(run, model, states, train_set, batches_to_evaluate, places):
     forward = torch.compile(forward, dynamic=False) if options["compile"] else forward
     augment, _, mix = transforms(options, len(run["classes"]))
     samples = schedule(len(train_set), steps, options, start)
-    batches = iter(loader(Pictures(train_set, places, augment), options, batch_sampler=samples))
+    batches = iter(loader(Pictures(train_set, outputs, augment), options, batch_sampler=samples))
     SIGNALS.clear()
     catch_signals()
     save_run(run, parts, state)  # a kill before the first epoch ends finds the run
@@ -717,7 +720,7 @@ def predict(given, store):
         try:
             picture = crop(open_picture(path))
         except Exception as error:  # a damaged picture may raise almost anything
-            raise ValueError(f"{path} cannot be read: {error}")
+            raise ValueError(f"{path} cannot be read: {error}; mend it or leave it out")
         with torch.no_grad():
             best = model(picture[None]).softmax(dim=1)[0].topk(min(5, len(names)))
         print(f"{path}: " + ", ".join(f"{names[index]} {100 * probability:.1f} %" for
@@ -725,7 +728,7 @@ def predict(given, store):
 
 
 def work(argv):
-    """What the command line says, in this process."""
+    """Does what the command line says, in this process."""
     prepared = [None]
     try:  # torchrun's store outlives the processes that it may start again
         torchrun = os.environ.get("RANK") or WORLD > 1
@@ -739,8 +742,8 @@ def work(argv):
     except (OSError, ValueError) as error:
         raise BadInput(" ".join(str(error).split())[:1000]) from error
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BadInput(f"a checkpoint does not hold what it should: {error!r:.200}") from error
-    if WORLD > 1:  # under a number that no group which died has left its addresses under
+        raise BadInput(f"a checkpoint is incomplete, so choose another: {error!r:.180}") from error
+    if WORLD > 1:  # with a new prefix: the old one may hold the addresses of dead processes
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK,
                                 world_size=WORLD)
         dist.broadcast_object_list(prepared)
@@ -749,16 +752,16 @@ def work(argv):
         torch.backends.cudnn.benchmark = True
     if not prepared[0]:
         return
-    run, model, states, train_set, val_set, places = prepared.pop()
+    run, model, states, train_set, val_set, outputs = prepared.pop()
     options, classes = run["options"], len(run["classes"])
     batches = loader(
-        Pictures(val_set, places, transforms(options)[1]), options, batch_size=options["micro"],
+        Pictures(val_set, outputs, transforms(options)[1]), options, batch_size=options["micro"],
         sampler=[(index,) for index in range(RANK, len(val_set), WORLD)])  # no picture twice
     if train_set:
         print(", ".join(f"{name} {value}" for name, value in options.items()))
         print(f"{len(train_set):,} pictures to train on, {len(val_set):,} to evaluate, {classes} "
               f"classes; {WORLD} process(es) on {DEVICE.type}")
-        train(run, model, states, train_set, batches, places)
+        train(run, model, states, train_set, batches, outputs)
     else:
         result, = evaluate([model.to(DEVICE)], batches, options)
         print(f"top-1 {result['top1']:.2f} %" + f", top-5 {result['top5']:.2f} %" * (classes > 5)
@@ -766,7 +769,7 @@ def work(argv):
 
 
 def main(argv):
-    """Trains, evaluates or predicts, also from a notebook. BadInput (a ValueError), Stopped."""
+    """Trains, evaluates or predicts, also in a notebook. BadInput (a ValueError) or Stopped."""
     children = {*multiprocessing.active_children()}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
