@@ -1405,6 +1405,7 @@ def test_a_lesson_has_one_form_and_is_stored_clean(path):
     assert len(exercises) == (0 if reference else 3)
     assert all(len(cell.metadata["wrong"]) >= 2 and cell.metadata["right"] for cell in exercises)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any("execution" in cell.metadata for cell in code)  # the hours and minutes
     for output in (output for cell in code for output in cell.outputs):
         assert output.output_type != "error" and output.get("name") != "stderr"
         assert not re.search(r"/(tmp|root|home|work|usr|opt)/|Warning|\r", output.get("text", ""))
