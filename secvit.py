@@ -22,11 +22,13 @@ is followed here. Section 4.1 gives Tiny's 15M and 2.5G to SecViT-S; Table 1 is 
 """
 
 import argparse
+import math
 import re
 import textwrap
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ from torchvision.ops import StochasticDepth
 
 @dataclass(frozen=True)
 class SecViTConfig:
-    """All that defines a SecViT; each list has one entry per stage. ValueError if out of range."""
+    """All that defines a SecViT; each list has one entry per stage. ValueError for bad values."""
 
     depths: tuple = (2, 2, 9, 2)  # blocks
     dims: tuple = (64, 128, 256, 512)  # channels
@@ -65,17 +67,21 @@ class SecViTConfig:
     stem_gelu: bool = False  # GELU after the last convolution of the stem
 
     def __post_init__(self):
-        lists = {name: tuple(getattr(self, name))
+        lists = {name: getattr(self, name)
                  for name in ("depths", "dims", "heads", "clusters", "layer_scale")}
         for name, entries in lists.items():  # JSON's lists become tuples
-            object.__setattr__(self, name, entries)
+            lists[name] = tuple(entries) if isinstance(entries, (list, tuple)) else (entries,)
+            object.__setattr__(self, name, lists[name])
         if len({len(entries) for entries in lists.values()}) > 1 or not self.depths:
             raise ValueError(f"these lists must have one entry per stage: {lists}")
         for field in fields(self):
-            value = getattr(self, field.name)
-            least = field.name in ("depths", "dims", "heads", "clusters", "in_channels")
-            if not all(entry >= least for entry in (value if field.name in lists else [value])):
-                raise ValueError(f"{field.name} {value}: must be {least:d} or more")
+            name, value = field.name, getattr(self, field.name)
+            least = name in ("depths", "dims", "heads", "clusters", "in_channels")
+            kind = Real if name in ("ffn_ratio", "drop_path", "layer_scale") else Integral
+            if not all(isinstance(entry, kind) and least <= entry < math.inf
+                       for entry in lists.get(name, [value])):
+                raise ValueError(f"{name} {value}: must be {least:d} or more"
+                                 + " and whole" * (kind is Integral))
         for dim, heads in zip(self.dims, self.heads):
             factor = heads * 4 if self.rope else heads
             if dim % factor:
@@ -435,7 +441,7 @@ class SecViT(nn.Module):
         The strides are 4, 8, 16 and 32; sizes are rounded up (down without `conv_stem`). The maps
         are in channels_last memory: `flatten` works on them, `view` does not. ValueError for an
         empty batch, a side below 32 or another number of channels. torch.export takes any batch
-        (with torch 2.11, of 2 or more) and sides that are multiples of 32. torch.compile needs
+        (with torch 2.11, of 2 or more) and multiples of 32 from 64 on as sides. torch.compile needs
         dynamic=False, since one graph for all sizes takes too long to build. A model from
         torch.jit.trace is right only for the size of picture that it was traced with.
         """

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -374,6 +374,10 @@ def test_a_model_made_on_the_meta_device_is_initialised_like_any_other():
     (lambda: SecViTConfig(dims=(12, 24, 48, 96)), ["12", "rope"]),
     (lambda: SecViTConfig(clusters=(32, 8, 0, 1)), ["clusters", "1 or more"]),
     (lambda: SecViTConfig(drop_path=1.0), ["drop_path"]),
+    (lambda: SecViTConfig(depths=3), ["one entry per stage", "(3,)"]),
+    (lambda: SecViTConfig(clusters=(4.5, 2, 2, 1)), ["clusters (4.5, 2, 2, 1)", "whole"]),
+    (lambda: SecViTConfig(num_classes="10"), ["num_classes 10", "whole"]),
+    (lambda: SecViTConfig(ffn_ratio=math.inf), ["ffn_ratio inf"]),
     (lambda: SecViT()(torch.zeros(1, 3, 31, 64)), ["31", "32 or more"]),
     (lambda: SecViT()(torch.zeros(1, 1, 64, 64)), ["(1, 1, 64, 64)", "3"]),
     (lambda: SecViT()(torch.zeros(3, 3, 64)), ["(3, 3, 64)", "batch"]),
@@ -655,15 +659,15 @@ def test_without_a_terminal_a_line_a_minute_says_where_a_run_is(
 
 
 def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on(folder, whole, tmp_path, capsys):
-    """Also a run from before there was an option: it has the option's default."""
-    out = shutil.copytree(whole, tmp_path / "run")
-    train.main(arguments(folder, out))
+    """Also with a copy of its pictures; also one older than an option, which has its default."""
+    out, data = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(folder, tmp_path / "data")
+    train.main(arguments(data, out))
     assert torch.equal(weights(out), weights(whole))
     states = last(out)
     del states["options"]["smoothing"], states["steps"], states["pictures"]
     torch.save(states, out / "last.pt")
     (out / "best.pt").unlink()  # the next epoch's is the best then
-    said = printed(arguments(folder, out, "--epochs", "4"), capsys)
+    said = printed(arguments(data, out, "--epochs", "4"), capsys)
     assert "going on after step 9 of 12" in said and (out / "best.pt").exists()
     assert re.search(r"3 epochs are now 4: the learning rate goes on at \S+ instead of", said)
     assert [record["epoch"] for record in last(out)["state"]["history"]] == [1, 2, 3, 4]
@@ -793,6 +797,8 @@ def mistakes(folder, whole, tmp_path_factory):
     shutil.copytree(folder, root / "single", ignore=shutil.ignore_patterns("blue"))
     flat = shutil.copytree(folder, root / "flat", ignore=shutil.ignore_patterns("red"))
     (flat / "val" / "blue").rename(flat / "val" / ".blue")
+    shutil.copytree(folder, root / "more")
+    shutil.copy(folder / "val" / "red" / "0.png", root / "more" / "val" / "red" / "more.png")
     for run in ("taken", "another", "half", "hostile"):
         shutil.copytree(whole, root / run)
     torch.save(dict(options=5, model=[]), root / "hostile" / "last.pt")
@@ -839,11 +845,12 @@ def refused(arguments, capsys):
     ("--out text.pt --batch 4", "File exists: 'text.pt': choose another --out"),
     ("--out best", "best has a best.pt, but no last.pt: choose another --out"),
     ("--weights text.pt", "text.pt cannot be read"),
-    ("--weights list.pt", "list.pt holds a list, not a dict"), ("--weights code.pt", "GLOBAL posix.mkdir"),
+    ("--weights list.pt", "list.pt holds a list, not a dict"),
+    ("--weights code.pt", "GLOBAL posix.mkdir"),
     ("--weights other.pt", 'Unexpected key(s) in state_dict: "w"'),
     ("--out taken --batch 8", "--batch 8: the run in taken has 4; for another run choose another"),
     ("--out taken --epochs 2", "--epochs 2: taken has done more, so type more"),
-    ("--out taken --data pink/", "--data pink: the run in taken has"),
+    ("--out taken --data more/", "--data more: the run in taken has other pictures"),
     ("--predict=a.png --predict=b.png --weights taken/best.pt", "a.png cannot be read"),
     ("--set lce=x --set drop_path=0", "--set lce=x: write a value like"),
     ("--out another", "weights of another model"), ("--out half", "last.pt cannot be read"),
@@ -884,7 +891,7 @@ def test_ten_thousand_command_lines_never_give_a_traceback(capsys):
         try:
             train.model_config(train.choose(train.parse([str(word) for word in words]))[0], {}, 10)
             accepted += 1
-        except (TypeError, ValueError):  # `work` turns it into a line
+        except ValueError:  # `work` turns it into a line
             pass
     assert accepted > 100
 
@@ -1270,6 +1277,14 @@ FORK = multiprocessing.get_context("forkserver")  # real processes that need not
 FORK.set_forkserver_preload(["train"])
 
 
+def test_a_second_thread_may_train(folder, whole, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main, arguments(folder, tmp_path)).result()
+        with pytest.raises(train.BadInput, match="nowhere"):
+            pool.submit(train.main, ["--data", "nowhere"]).result()
+    assert torch.equal(weights(tmp_path), weights(whole))
+
+
 def train_and_die(arguments, number):
     """SIGKILL in the middle of the file that is written as number so and so."""
     fsync, calls = os.fsync, []
@@ -1330,6 +1345,7 @@ def fail(error, parts, out):
         3, lambda parts, out: (out / "last.pt.tmp").symlink_to("/dev/full"),
         "cannot write .*last.pt: No space left.* is intact.*same command",
         marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")),
+    (3, lambda parts, out: (out / "last.pt.tmp").mkdir(), "cannot write .*last.pt: .* is intact"),
     (4, lambda parts, out: parts["model"].head[5].weight.data.fill_(math.inf),
      "the loss is nan in step 5.*; last.pt is from before: "),
     (5, lambda parts, out: parts["optimizer"].param_groups[0].update(lr=math.nan),
@@ -1341,7 +1357,7 @@ def test_what_stops_a_run_is_one_line_and_leaves_the_last_checkpoint(
     line, = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert last(tmp_path)["state"]["step"] == 3 and weights(tmp_path).isfinite().all()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [path for path in tmp_path.glob("*.tmp") if path.is_file()]
 
 
 # --------------------------------------------------------------------------------------- notebooks

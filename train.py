@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,8 @@ DATA = {  # what differs from the recipe, torchvision's class, how it calls its 
     "pets": (LARGER, datasets.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
 }
 HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
-FREE = {"epochs", "micro", "workers", "amp", "compile", "out"}  # may change while a run goes on
+# What may change while a run goes on; data as far as it is a copy of the same pictures.
+FREE = {"epochs", "micro", "workers", "amp", "compile", "out", "data"}
 
 
 class Stopped(Exception):
@@ -280,6 +281,9 @@ def prepare(given, store):
     run = dict(options=options, config=asdict(config), classes=classes,
                pictures=[describe(part) for part in (train_set, val_set)],
                steps=old.get("steps", max(1, len(train_set) // options["batch"])))
+    if old and data != old["options"]["data"] and run["pictures"] != old.get("pictures"):
+        raise ValueError(f"--data {data}: the run in {options['out']} has other pictures, those of "
+                         f"{old['options']['data']}; for another run choose another --out")
     if training:
         number = next(n for n in range(1, 10**6) if not Path("runs", str(n)).exists())
         try:
@@ -510,9 +514,17 @@ def save(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise Stopped(f"cannot write {path}: {error.strerror}; the file from before is intact. "
                          "Mend this, then type the same command again")
+
+
+def set_handlers(handlers):
+    """Sets the handlers of signals, which Python lets only the main thread do."""
+    with suppress(ValueError, TypeError):  # one of another language is None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def catch_signals(worker=None):
@@ -521,8 +533,7 @@ def catch_signals(worker=None):
         SIGNALS.append(time.monotonic())
         if SIGNALS[-1] - SIGNALS[0] > 1:  # torchrun passes on a Ctrl-C that has come here already
             os._exit(128 + number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    set_handlers({signal.SIGTERM: on_signal, signal.SIGINT: on_signal})
 
 
 def total(*numbers):
@@ -771,17 +782,18 @@ def work(argv):
 def main(argv):
     """Trains, evaluates or predicts, also in a notebook. BadInput (a ValueError) or Stopped."""
     children = {*multiprocessing.active_children()}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    child = getattr(signal, "SIGCHLD", signal.SIGTERM)  # Windows has none
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, child)}
     try:
         with redirect_stdout(sys.stdout if RANK == 0 else None):
             work(argv)
     finally:
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports the workers' end
+        set_handlers({child: signal.SIG_DFL})  # else torch reports the workers' end
         for worker in {*multiprocessing.active_children()} - children:
             worker.kill()  # they catch SIGTERM, and have nothing to save
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            worker.join()
+        set_handlers(handlers)
         if dist.is_initialized():
             dist.destroy_process_group()
 
