@@ -285,7 +285,7 @@ def test_a_traced_model_can_be_saved(tmp_path):
 def test_a_compiled_model_has_one_graph_for_each_picture_size():
     graphs, model = CompileCounter(), SecViT(SecViTConfig(**ONE)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=graphs)
-    for h, w, number in ((64, 64, 1), (68, 64, 2), (72, 64, 3), (33, 57, 4), (68, 64, 4)):
+    for h, w, number in ((64, 64, 1), (68, 64, 2), (33, 57, 3), (68, 64, 3)):
         x = torch.randn(2, 3, h, w)
         torch.testing.assert_close(compiled(x), model(x))
         assert graphs.frame_count == number
@@ -707,7 +707,7 @@ def trained(folder, tmp_path_factory):
                 picture = random.randint(0, 60, (32, 32, 3), dtype=np.uint8)
                 picture[..., number % 3] += 90 + 90 * (number > 2)
                 Image.fromarray(picture).save(root / "data" / part / name / f"{i}.png")
-    train.main(["--data", str(root / "data"), "--out", str(root / "run"), "--epochs", "25", *TINY,
+    train.main(["--data", str(root / "data"), "--out", str(root / "run"), "--epochs", "15", *TINY,
                 "--batch", "6", "--lr", "1e-2", "--min-crop", "0.9", "--smoothing", "0"])
     return root
 
