@@ -285,7 +285,7 @@ def test_a_traced_model_can_be_saved(tmp_path):
 def test_a_compiled_model_has_one_graph_for_each_picture_size():
     graphs, model = CompileCounter(), SecViT(SecViTConfig(**ONE)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=graphs)
-    for h, w, number in ((64, 64, 1), (68, 64, 2), (33, 57, 3), (68, 64, 3)):
+    for h, w, number in ((64, 64, 1), (33, 57, 2), (64, 64, 2)):
         x = torch.randn(2, 3, h, w)
         torch.testing.assert_close(compiled(x), model(x))
         assert graphs.frame_count == number
@@ -1128,19 +1128,24 @@ WITHOUT = """  # what Windows lacks
 import os, runpy, signal, sys
 del signal.SIGCHLD, signal.SIGKILL, os.sched_getaffinity, os.fork
 sys.modules["resource"] = sys.modules["fcntl"] = None
-runpy.run_path("train.py", run_name="__main__")
+codes = []
+for sys.argv in (["train.py", "--help"], ["train.py", "--epochs", "0"], sys.argv):
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as end:
+        codes.append(end.code)
+assert codes == [None, 2, None], codes
 """
 
 
 def test_nothing_that_windows_lacks_is_needed(folder, tmp_path):
     out = tmp_path / ("ü \udce9" if sys.platform == "linux" else "ü")  # a byte that is not UTF-8
-    for command, code, words in (
-            (["--help"], 0, "--out names a run"), (["--epochs", "0"], 2, "--epochs 0 is not in"),
-            (arguments(folder, out, "--epochs", "1"), 0, "\\xfc")):
-        done = subprocess.run([sys.executable, "-c", WITHOUT, *command], text=True, cwd=HERE,
-                              env=dict(os.environ, PYTHONIOENCODING="ascii"),
-                              capture_output=True, timeout=300)
-        assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *arguments(folder, out, "--epochs", "1")], cwd=HERE,
+        env=dict(os.environ, PYTHONIOENCODING="ascii"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "--out names a run" in done.stdout and "--epochs 0 is not in" in done.stderr
+    assert "best top-1" in done.stdout and "\\xfc" in done.stdout
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -1432,9 +1437,9 @@ def test_a_lesson_runs_and_its_checks_tell_right_answers(path, running):
     running[path].result()
 
 
-def test_copies_for_students_have_no_outputs_and_no_solutions(tmp_path):
-    subprocess.run([sys.executable, HERE / "notebooks" / "draw.py", "--student", tmp_path],
-                   check=True)
+def test_copies_for_students_have_no_outputs_and_no_solutions(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--student", str(tmp_path)])
+    runpy.run_path(str(HERE / "notebooks" / "draw.py"), run_name="__main__")
     for path in LESSONS:
         solved, copied = (nbformat.read(folder / path.name, as_version=4).cells
                           for folder in (path.parent, tmp_path))
