@@ -113,7 +113,7 @@ PAPER_TEXT = dict(rope=False, ffn_conv=False, head_width=0, stem_gelu=True)
 
 def similarity(k):
     """Cosine similarity of each token to its head's centre. Keys (b n l d) -> (b n l)."""
-    # Half precision is added up in float32, which is the result; a matrix product would be rounded.
+    # Half precision is added up in float32, the result's type; a matrix product would be rounded.
     precise = torch.float64 if k.dtype == torch.float64 else torch.float32
     k = rearrange(k, "b n l d -> b l n d")  # the order in memory, in which the norm is fastest
     center = k.mean(dim=1, keepdim=True, dtype=precise)  # Eq. 2
@@ -137,7 +137,7 @@ def cluster_labels(k, clusters):
 
 
 def row_numbers(order):
-    """Rows of each token before and after sorting. Order (b n l) -> two (b n l), `permute_rows`'s.
+    """Rows of each token before and after sorting, for `permute_rows`. Order (b n l) -> two (b n l).
 
     A row is the d channels of one token in one head. In memory, rows have the order (b l n) before
     sorting and (b n l) after it. Each result is the inverse permutation of the other.
@@ -375,7 +375,7 @@ class Block(nn.Module):
 
 
 def embedding(inputs, dim, stride, *, conv_stem, gelu):
-    """(b inputs h w) -> (b dim h/stride w/stride), rounded up (Appendix A), patches down."""
+    """(b inputs h w) -> (b dim h/stride w/stride). Sides are rounded up (Appendix A), or down."""
     if not conv_stem:  # Table 6
         return nn.Sequential(nn.Conv2d(inputs, dim, stride, stride), nn.BatchNorm2d(dim))
     stem, layers = ((dim // 2, 2), (dim // 2, 1), (dim // 2, 1), (dim, 2)), []
