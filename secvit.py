@@ -137,7 +137,7 @@ def cluster_labels(k, clusters):
 
 
 def row_numbers(order):
-    """Rows of each token before and after sorting, for `permute_rows`. Order (b n l) -> two (b n l).
+    """Rows of each token before and after sorting. Order (b n l) -> (b n l), (b n l).
 
     A row is the d channels of one token in one head. In memory, rows have the order (b l n) before
     sorting and (b n l) after it. Each result is the inverse permutation of the other.
