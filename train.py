@@ -253,7 +253,7 @@ def prepare(given, store):
     if new or gone and training:
         raise ValueError(f"the classes of {data} are not those of {last or options['weights']}: "
                          f"new are {sorted(new)}, gone are {sorted(gone)}; rename their folders, "
-                         "or choose other --weights")
+                         "or choose another --out or --weights")
     if gone:
         print(f"{data} has no pictures of {', '.join(sorted(gone))}")
     config = model_config(options, weights, len(classes))
